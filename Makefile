@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned packages of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# what follows "make demo ARGS=..." goes to the command
+ARGS ?=
+
+.PHONY: help setup demo test bench bench-full check clean
+
+help:
+	@echo "make setup       virtual environment in $(VENV) with the pinned packages"
+	@echo "make demo        adapt a small CLIP to handwritten digits in a new domain, in under three minutes"
+	@echo "make test        the test suite"
+	@echo "make bench       benchmarks, default selection (about ten minutes)"
+	@echo "make bench-full  all benchmarks"
+	@echo "make check       ruff and mypy"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/upt-fast demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest bench/ --benchmark-only -m "not full" $(ARGS)
+
+bench-full: setup
+	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,34 @@
+"""upt_fast: prompt learning on a frozen CLIP, exact and fast.
+
+>>> from upt_fast import FastUPT
+>>> model = FastUPT.from_pretrained("ViT-B-16", "openai", classnames=["cat", "dog"])
+"""
+
+from typing import TYPE_CHECKING
+
+from upt_fast.version import __version__
+
+if TYPE_CHECKING:
+    from upt_fast.clip import UnsupportedModelError
+    from upt_fast.config import UPTConfig
+    from upt_fast.model import FastPromptedCLIP, FastUPT
+    from upt_fast.reference import ReferenceUPT
+
+__all__ = ["FastPromptedCLIP", "FastUPT", "ReferenceUPT", "UPTConfig", "UnsupportedModelError", "__version__"]
+
+_HOMES = {
+    "FastPromptedCLIP": "upt_fast.model",
+    "FastUPT": "upt_fast.model",
+    "ReferenceUPT": "upt_fast.reference",
+    "UPTConfig": "upt_fast.config",
+    "UnsupportedModelError": "upt_fast.clip",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch takes seconds to import: `upt-fast --help` must not wait for it
+    if name not in _HOMES:
+        raise AttributeError(f"module 'upt_fast' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,112 @@
+"""Class names -> token ids, checked: what is too long or empty is refused, never cut.
+
+Used by the reference and by the engine alike, for both see the same prompt text "X ... X name." (CoOp, UPT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upt_fast.clip.frozen import FrozenText
+
+Tokenizer = Callable[..., Tensor]  # open_clip's: (texts, context_length=...) -> (C, context_length) int64
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """Token ids of the prompt texts of C classes in a context of T tokens.
+
+    The n tokens after the first stand for the prompts; their ids are placeholders.
+    """
+
+    ids: Tensor  # (C, T) int64: [SOS][X] * n [name . EOT pad]
+    name_lengths: tuple[int, ...]  # tokens of each bare name
+    pooled: tuple[int, ...]  # the row that becomes the class's feature
+
+
+def clip_tokenizer() -> Tokenizer:
+    """CLIP's byte-pair tokenizer (open_clip's SimpleTokenizer, vocabulary 49408)."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def clean_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
+    """Check class names and replace underscores by spaces, as CoOp and UPT do.
+
+    Raises:
+        ValueError: not a sequence of strings, no name at all, or a name with nothing in it.
+    """
+    if isinstance(classnames, str) or not isinstance(classnames, Sequence):
+        raise ValueError(f"classnames is {type(classnames).__name__}; wanted a list of strings, one per class")
+    if len(classnames) == 0:
+        raise ValueError("classnames is empty; wanted at least one class name")
+    cleaned = []
+    for i, name in enumerate(classnames):
+        if not isinstance(name, str):
+            raise ValueError(f"class name {i} is {name!r} ({type(name).__name__}); wanted a string")
+        text = name.replace("_", " ").strip()
+        if not text:
+            raise ValueError(f"class name {i} is {name!r}: nothing is left of it; wanted at least one letter or digit")
+        cleaned.append(text)
+    return tuple(cleaned)
+
+
+def tokenize_classnames(
+    classnames: Sequence[str], n_text: int, text: FrozenText, tokenizer: Tokenizer | None = None
+) -> ClassTokens:
+    """Token ids of "X ... X name." with n_text placeholders.
+
+    Args:
+        classnames: C names.
+        n_text: placeholder tokens between the start token and the name.
+        text: the tower that will read the ids.
+        tokenizer: open_clip's tokenizer of that model; None: CLIP's byte-pair tokenizer.
+    Raises:
+        ValueError: a name is empty or does not fit the context, with the name; the tokenizer's ids do not fit the
+            tower's vocabulary.
+    """
+    names = clean_classnames(classnames)
+    if tokenizer is None:
+        tokenizer = clip_tokenizer()
+    length = text.context_length
+    texts = [" ".join(["X"] * n_text + [name]) + "." for name in names]
+    # one token more than the context: a text that is cut at the end of this is too long for the tower
+    ids = torch.as_tensor(tokenizer(texts, context_length=length + 1)).long()
+    vocabulary = len(text.token_embedding)
+    if ids.shape != (len(names), length + 1) or int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+        raise ValueError(
+            f"the tokenizer gave ids of shape {tuple(ids.shape)} from {int(ids.min())} to {int(ids.max())}; wanted "
+            f"shape {(len(names), length + 1)} and ids below {vocabulary}: pass the tokenizer that belongs to this CLIP"
+        )
+    end = end_rows(ids, text)
+    for name, row in zip(names, end.tolist(), strict=True):
+        if row >= length:
+            shown = name if len(name) <= 80 else f"{name[:77]}..."
+            raise ValueError(
+                f"class name {shown!r} with {n_text} prompt tokens needs more than this CLIP's {length} tokens; "
+                "wanted a shorter name (or fewer prompt tokens)"
+            )
+    bare = torch.as_tensor(tokenizer(list(names), context_length=length + 1)).long()
+    name_lengths = tuple((end_rows(bare, text) - 1).tolist())
+    if 0 in name_lengths:
+        i = name_lengths.index(0)
+        raise ValueError(f"class name {i} is {classnames[i]!r}: it has no token; wanted at least one letter or digit")
+    pooled = torch.full_like(end, length - 1) if text.pooling == "last" else end
+    return ClassTokens(ids[:, :length].contiguous(), name_lengths, tuple(pooled.tolist()))
+
+
+def end_rows(ids: Tensor, text: FrozenText) -> Tensor:
+    """(C,) row of each text's end token: by the model's eos id, else the first of the largest ids (CLIP)."""
+    if text.pooling == "eos":
+        found = torch.eq(ids, -1 if text.eos_id is None else text.eos_id)
+        if not bool(found.any(dim=1).all()):
+            raise ValueError(
+                f"the tokenizer wrote no end token {text.eos_id}: pass the tokenizer that belongs to this CLIP"
+            )
+        return found.int().argmax(dim=1)
+    return ids.argmax(dim=1)

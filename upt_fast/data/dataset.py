@@ -1,0 +1,107 @@
+"""Datasets and the batch sampler of a run.
+
+All randomness is a function of (seed, epoch, sample index): a batch sampler hands out ``(epoch, index)`` pairs, and
+each sample draws its augmentation from a generator seeded with them. A resumed run therefore sees the very same
+batches, and so does one with another number of loader processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from upt_fast.data.folder import ImageItem
+from upt_fast.data.images import read_rgb
+
+
+def derive_seed(*numbers: int) -> int:
+    """A 63-bit seed that is a function of the numbers; neighbouring numbers give unrelated seeds."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Images through a transform without randomness.
+
+    Args:
+        items: N images.
+        load: RGB image -> (3, h, w) uint8.
+        images: what load gives for each item, decoded before; None: files are read when asked for.
+    """
+
+    def __init__(
+        self, items: Sequence[ImageItem], load: Callable[[Image.Image], Tensor], images: Sequence[Tensor] | None = None
+    ) -> None:
+        if images is not None and len(images) != len(items):
+            raise ValueError(f"{len(images)} decoded images for {len(items)} items; wanted as many")
+        self.items = items
+        self.load = load
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item = self.items[index]
+        image = self.load(read_rgb(item.path)) if self.images is None else self.images[index]
+        return image, item.label
+
+
+class AugmentedDataset(Dataset[tuple[Tensor, int]]):
+    """Images with an augmentation that is a function of (seed, epoch, index).
+
+    Args:
+        base: the images, of any sizes.
+        transform: (3, H, W) uint8 -> (3, h, w) uint8, drawing from torch's default generator; None: leave them.
+        seed: of the run.
+    """
+
+    def __init__(self, base: ImageDataset, transform: Callable[[Tensor], Tensor] | None, seed: int) -> None:
+        self.base = base
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        image, label = self.base[index]
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=()):
+                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+                image = self.transform(image)
+        return image, label
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) in an order that is a function of (seed, epoch).
+
+    As in the field's recipe, images that do not fill the last batch sit out this epoch (others do in the next), unless
+    there is no full batch at all.
+
+    Args:
+        num_samples: N images.
+        batch_size: images per batch.
+        seed: of the run.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return max(1, self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]

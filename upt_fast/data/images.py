@@ -1,0 +1,145 @@
+"""Image files -> RGB, and the pass that decodes every image of a run before the first epoch."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from upt_fast.data.folder import shorten
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+class ImageDecodeError(ValueError):
+    """An image file that cannot be read."""
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Decode an image file completely, as it is meant to be seen, to 8-bit RGB.
+
+    The EXIF orientation is applied, 16-bit values are scaled to 8 bits, palettes and CMYK are converted, and what is
+    transparent shows white. Of an animation the first frame is taken.
+
+    Raises:
+        ImageDecodeError: the file is missing, no regular file, no image, truncated or of an unsupported kind.
+    """
+    try:
+        # a named pipe called x.jpg would block for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageDecodeError("not a regular file")
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(_upright(image))
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and more
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise ImageDecodeError(f"cannot read {path}: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    # broken EXIF beside good pixels says nothing about the orientation
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error):
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ImageDecodeError("32-bit float pixels have no set range; convert the file to 8 or 16 bits")
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = F.pil_to_tensor(image.convert("I"))
+        if int(values.min()) < 0 or int(values.max()) > 65535:
+            raise ImageDecodeError("32-bit integer pixels have no set range; convert the file to 8 or 16 bits")
+        return F.to_pil_image((values >> 8).to(torch.uint8)).convert("RGB")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class DecodedImages:
+    """What one pass over a list of files found.
+
+    Args:
+        images: (3, H, W) uint8 of each file in order, None for one that cannot be read; None: more than the limit.
+        failures: index in the list -> reason.
+    """
+
+    images: list[Tensor | None] | None
+    failures: dict[int, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that the kept images take."""
+        return sum(image.numel() for image in self.images or () if image is not None)
+
+
+def decode_images(
+    paths: Sequence[Path],
+    load: Callable[[Image.Image], Tensor],
+    limit_bytes: int,
+    description: str = "reading images",
+    progress: bool = True,
+) -> DecodedImages:
+    """Decode every file once and keep the results if all of them fit into limit_bytes.
+
+    Args:
+        paths: image files.
+        load: RGB image -> (3, H, W) uint8, what is kept of it.
+        limit_bytes: memory for the results; when they do not fit, none is kept.
+        description: of the progress bar.
+        progress: whether to show it.
+    """
+    kept: list[Tensor | None] | None = []
+    used = 0
+    failures: dict[int, str] = {}
+
+    def decode(path: Path) -> Tensor | str:
+        try:
+            return load(read_rgb(path))
+        except ImageDecodeError as error:
+            return str(error)
+
+    # decoders release the GIL, so threads do; few in flight, or a large dataset would pile up in memory
+    num_threads = min(16, os.cpu_count() or 1)
+    pending: deque[Future[Tensor | str]] = deque()
+    with (
+        ThreadPoolExecutor(num_threads) as pool,
+        tqdm(total=len(paths), desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
+    ):
+        submitted = 0
+        for index in range(len(paths)):
+            while submitted < len(paths) and len(pending) < 4 * num_threads:
+                pending.append(pool.submit(decode, paths[submitted]))
+                submitted += 1
+            result = pending.popleft().result()
+            bar.update()
+            if isinstance(result, str):
+                failures[index] = result
+            if kept is None:
+                continue
+            kept.append(None if isinstance(result, str) else result)
+            used += 0 if isinstance(result, str) else result.numel()
+            if used > limit_bytes:
+                kept = None
+    return DecodedImages(kept, failures)
+
+
+def corrupt_message(reasons: Sequence[str]) -> str:
+    """One line for images that cannot be read: the count and the first ten."""
+    return f"{len(reasons)} image(s) cannot be read: {shorten(reasons)}"

@@ -1,0 +1,69 @@
+"""``upt-fast info``: versions, devices, and which backend runs each op here and why the others do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "triton", "xformers", "open_clip_torch", "timm", "safetensors", "numpy")
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command shows, as plain values."""
+    import torch
+
+    from upt_fast import dispatch
+    from upt_fast.version import __version__
+
+    devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        devices.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    backends = {name: reasons() for name, reasons in dispatch.BACKENDS.items()}
+    requested = os.environ.get("UPT_FAST_BACKEND", "")
+    try:
+        chosen: str | None = dispatch.resolve()
+        problem = ""
+    except ValueError as error:
+        chosen, problem = None, str(error)
+    return {
+        "upt_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "devices": devices,
+        "UPT_FAST_BACKEND": requested,
+        "problem": problem,
+        "ops": {op: {"backend": chosen, "refused": {b: r for b, r in backends.items() if r}} for op in dispatch.OPS},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main_info(as_json: bool = False) -> int:
+    """Print what :func:`collect` found; 1 where UPT_FAST_BACKEND names a backend that cannot run here."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 1 if found["problem"] else 0
+    print(f"upt_fast {found['upt_fast']}, Python {found['python']}, {found['platform']}")
+    print("packages: " + ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
+    print(f"torch was built for CUDA {found['cuda']}" if found["cuda"] else "torch was built without CUDA")
+    for device in found["devices"]:
+        print(f"device {device}")
+    if found["problem"]:
+        print(f"error: {found['problem']}")
+    for op, choice in found["ops"].items():
+        print(f"op {op}: {choice['backend'] or 'none'}")
+        for backend, reasons in choice["refused"].items():
+            print(f"    not {backend}: {'; '.join(reasons)}")
+    return 1 if found["problem"] else 0

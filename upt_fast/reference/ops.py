@@ -1,0 +1,84 @@
+"""The engine's operations (upt_fast/ops.py), each in a few lines to be read: same names, same arguments."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upt_fast.layout import PackedLayout
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps)."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def activation(u: Tensor, kind: str) -> Tensor:
+    """silu for "quick_gelu", whose factors 1.702 are in the linears around it; GELU; tanh GELU."""
+    if kind == "quick_gelu":
+        return u * torch.sigmoid(u)
+    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x + y W^T + b."""
+    return x + (y @ weight.t() + bias)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+    kind: str,
+    recompute: bool = False,
+) -> Tensor:
+    """x + W_2 act(W_1 norm(x) + b_1) + b_2."""
+    u = layer_norm(x, eps) @ fc_weight.t() + fc_bias
+    return linear_residual(x, activation(u, kind), proj_weight, proj_bias)
+
+
+def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> Tensor:
+    """[prefix of the sequence's set ; own rows]."""
+    index = torch.zeros(len(x), dtype=torch.int64, device=x.device) if set_index is None else set_index
+    return torch.cat([prefix[index], x], dim=1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of one sequence, q already scaled: q (Q, H, K), k and v (L, H, K)."""
+    return torch.einsum("hql,lhk->qhk", torch.einsum("qhk,lhk->hql", q, k).softmax(-1), v)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    set_index: Tensor | None = None,
+) -> Tensor:
+    """Each image's queries over [prefix of its set ; own rows]."""
+    if prefix_k is not None and prefix_v is not None:
+        k, v = prepend_rows(prefix_k, k, set_index), prepend_rows(prefix_v, v, set_index)
+    return torch.stack([attention(*sequence) for sequence in zip(q, k, v, strict=True)])
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: PackedLayout
+) -> Tensor:
+    """Each row over [prefix of its set ; rows of its class up to itself], one row at a time."""
+    last_only = len(q) != len(k)
+    outputs, query, row = [], 0, 0
+    for s, runs in enumerate(layout.sets):
+        for length in (length for count, length in runs for _ in range(count)):
+            for end in range(length if last_only else 1, length + 1):
+                keys = torch.cat([prefix_k[s], k[row : row + end]])
+                values = torch.cat([prefix_v[s], v[row : row + end]])
+                outputs.append(attention(q[query : query + 1], keys, values))
+                query += 1
+            row += length
+    return torch.cat(outputs)

@@ -1,0 +1,252 @@
+"""Closeness, golden vectors, random CLIPs: what tests, benchmarks and ``upt-fast verify`` share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upt_fast.config import UPTConfig
+from upt_fast.files import load_safetensors
+
+
+def relative_rms(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square of got - wanted over that of wanted, in float64; inf where a shape or a NaN differs."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
+    if got.numel() == 0:
+        return 0.0
+    error = float((got - wanted).pow(2).mean().sqrt())
+    scale = float(wanted.pow(2).mean().sqrt())
+    if error != error:
+        return float("inf")
+    return error / scale if scale else error
+
+
+def max_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference over max(1, largest absolute wanted), in float64; inf on NaN or another shape."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
+    if got.numel() == 0:
+        return 0.0
+    error = float((got - wanted).abs().max())
+    return float("inf") if error != error else error / max(1.0, float(wanted.abs().max()))
+
+
+def random_clip(
+    *,
+    embed_dim: int = 64,
+    image_size: int = 32,
+    patch_size: int = 8,
+    vision_layers: int = 3,
+    vision_width: int = 128,
+    vision_head_width: int = 64,
+    text_layers: int = 3,
+    text_width: int = 128,
+    text_heads: int = 2,
+    context_length: int = 77,
+    vocab_size: int = 49408,
+    quick_gelu: bool = True,
+    seed: int = 0,
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    custom_text: bool = False,
+    logit_bias: float | None = None,
+) -> nn.Module:
+    """An open_clip CLIP with random weights, also where open_clip starts at 1 and 0 (LayerNorms, biases).
+
+    Args:
+        vision: further keys of open_clip's vision_cfg.
+        text: further keys of open_clip's text_cfg.
+        custom_text: build CustomTextCLIP instead of CLIP.
+    """
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    vision_cfg = dict(
+        layers=vision_layers,
+        width=vision_width,
+        head_width=vision_head_width,
+        patch_size=patch_size,
+        image_size=image_size,
+        **(vision or {}),
+    )
+    text_cfg = dict(
+        layers=text_layers,
+        width=text_width,
+        heads=text_heads,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        **(text or {}),
+    )
+    build = CustomTextCLIP if custom_text else CLIP
+    model = build(embed_dim, vision_cfg, text_cfg, quick_gelu=quick_gelu, init_logit_bias=logit_bias)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and parameter.ndim == 1 and "logit" not in name:
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 1 and ("ln_" in name and name.endswith("weight")):
+                parameter.normal_(mean=1.0, std=0.2)
+            elif name.endswith("gamma"):
+                parameter.uniform_(0.5, 1.5)
+    torch.set_rng_state(generator_state)
+    return model.eval()
+
+
+def vit_b16(seed: int = 0) -> nn.Module:
+    """ViT-B/16's geometry (OpenAI's: QuickGELU, 224 pixels, text width 512) with random weights."""
+    return random_clip(
+        embed_dim=512,
+        image_size=224,
+        patch_size=16,
+        vision_layers=12,
+        vision_width=768,
+        text_layers=12,
+        text_width=512,
+        text_heads=8,
+        seed=seed,
+    )
+
+
+def golden_clip(path: Path, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The CLIP of a directory of vectors as an open_clip model.
+
+    Args:
+        path: the ``clip_*.safetensors`` file (OpenAI's state-dict names; token embeddings as ``.ids`` and ``.rows``),
+            with its ``.json`` beside it.
+        dtype: dtype of the model; the stored values are exact in it.
+    """
+    from open_clip.model import CLIP
+
+    tensors, _ = load_safetensors(path)
+    sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    config = sidecar["config"]
+    vision_heads = sidecar.get("vision_heads", config["vision_width"] // 64)
+    model = CLIP(
+        config["embed_dim"],
+        dict(
+            layers=config["vision_layers"],
+            width=config["vision_width"],
+            head_width=config["vision_width"] // vision_heads,
+            patch_size=config["vision_patch_size"],
+            image_size=config["image_resolution"],
+        ),
+        dict(
+            context_length=config["context_length"],
+            vocab_size=config["vocab_size"],
+            width=config["transformer_width"],
+            heads=config["transformer_heads"],
+            layers=config["transformer_layers"],
+        ),
+        quick_gelu=True,
+    ).to(dtype)
+    ids, rows = tensors.pop("token_embedding.ids"), tensors.pop("token_embedding.rows")
+    embedding = torch.full((config["vocab_size"], config["transformer_width"]), float("nan"), dtype=dtype)
+    embedding[ids] = rows.to(dtype)
+    model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()} | {"token_embedding.weight": embedding})
+    return model.eval()
+
+
+def write_vectors(
+    directory: Path,
+    name: str,
+    config: UPTConfig,
+    classnames: list[str],
+    geometry: dict[str, Any],
+    images: int = 3,
+    seed: int = 0,
+) -> None:
+    """Record vectors of ReferenceUPT in float64, in the format that ``upt-fast verify`` reads.
+
+    All stored values are float16-exact, so that every precision starts from the same numbers.
+
+    Args:
+        directory: gets clip_<name>.safetensors, <name>.safetensors and their .json files.
+        name: of the files.
+        config: UPT's options.
+        classnames: the classes.
+        geometry: embed_dim, image_size, patch_size, vision_layers, vision_width, text_layers, text_width of the CLIP;
+            heads are widths // 64.
+        images: number of images.
+        seed: of all random values.
+    """
+    from safetensors.torch import save_file
+
+    from upt_fast.reference import ReferenceUPT
+
+    clip = random_clip(**geometry, text_heads=geometry["text_width"] // 64, seed=seed)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            parameter.copy_(parameter.half())
+    clip = clip.double()
+    torch.manual_seed(seed)
+    model = ReferenceUPT(clip, classnames, config=config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).half())
+    size = geometry["image_size"]
+    pixels = torch.randn(images, 3, size, size).half()
+    labels = torch.randint(len(classnames), (images,))
+    logits = model(pixels.double())
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    text, visual = model.prompt_learner()
+    mid = ("text_prompts", "visual_prompts") if config.preset == "paper" else ("text_ctx", "visual_ctx")
+    tensors = {
+        "images": pixels,
+        "labels": labels,
+        "tokenized_prompts": model.tokens.ids,
+        "out.logits": logits,
+        "out.loss": loss,
+        "out.image_features": model.encode_image(pixels.double()),
+        "out.text_features": model.encode_text(),
+        f"mid.{mid[0]}": text if config.preset == "paper" else text[0],
+        f"mid.{mid[1]}": visual if config.preset == "paper" else visual[0],
+    }
+    for n, parameter in model.prompt_learner.named_parameters():
+        tensors[f"param.{n}"] = parameter.half()
+        tensors[f"grad.{n}"] = parameter.grad
+    state = {n: t.half() for n, t in clip.state_dict().items()}
+    ids = torch.unique(model.tokens.ids)
+    state |= {"token_embedding.ids": ids, "token_embedding.rows": state.pop("token_embedding.weight")[ids]}
+    clip_config = {
+        "embed_dim": geometry["embed_dim"],
+        "image_resolution": size,
+        "vision_layers": geometry["vision_layers"],
+        "vision_width": geometry["vision_width"],
+        "vision_patch_size": geometry["patch_size"],
+        "context_length": clip.context_length,
+        "vocab_size": clip.vocab_size,
+        "transformer_width": geometry["text_width"],
+        "transformer_heads": geometry["text_width"] // 64,
+        "transformer_layers": geometry["text_layers"],
+    }
+    if config.preset == "paper":
+        options = {k: v for k, v in config.to_dict().items() if k not in ("preset", "dropout")}
+    else:
+        options = {"CLASS_TOKEN_POSITION": config.class_token_position}
+    sidecar = {
+        "method": "upt_paper" if config.preset == "paper" else "upt",
+        "clip_file": f"clip_{name}.safetensors",
+        "clip_config": clip_config,
+        "classnames": classnames,
+        "options": options,
+        "produced_by": "upt_fast.testing.write_vectors, ReferenceUPT in float64",
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    for stem, values in ((name, tensors), (f"clip_{name}", state)):
+        save_file({n: t.detach().contiguous() for n, t in values.items()}, directory / f"{stem}.safetensors")
+    for stem, value in (
+        (name, sidecar),
+        (f"clip_{name}", {"config": clip_config, "vision_heads": geometry["vision_width"] // 64}),
+    ):
+        (directory / f"{stem}.json").write_text(
+            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

@@ -1,0 +1,202 @@
+"""The frozen residual blocks of one tower, folded for speed and stacked over layers.
+
+Folded once, in float64, and exact: LayerNorm's affine goes into the linear that follows, attention's scale into W_q,
+LayerScale into the linear before it; the value bias passes through the softmax, whose rows sum to one, into the output
+bias; the key bias shifts all scores of a query alike and is dropped; QuickGELU(u) = u sigmoid(1.702 u) is
+silu(1.702 u) / 1.702, whose factors go into the linears around it.
+
+Nothing here has a weight gradient, so autograd saves per token and layer only the inputs of the two LayerNorms, the
+attention's q, k, v and output, and the activation's input: 10 D numbers, whatever the activation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from upt_fast import ops
+from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
+
+QUICK_GELU_SLOPE = 1.702
+MEMORY_LEVELS = ("fast", "balanced", "lean")
+
+
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: FrozenNorm | None) -> tuple[Tensor, Tensor]:
+    """(W, b) in float64 such that W n + b = weight norm(x) + bias, n being x normalised without affine.
+
+    Args:
+        weight: (N, D) of the linear after the LayerNorm.
+        bias: (N,) or None.
+        norm: the LayerNorm, or None for none.
+    """
+    w = weight.double()
+    b = w.new_zeros(len(w)) if bias is None else bias.double()
+    if norm is not None and norm.bias is not None:
+        b = b + w @ norm.bias.double()
+    if norm is not None and norm.weight is not None:
+        w = w * norm.weight.double()
+    return w, b
+
+
+class FrozenBlocks(nn.Module):
+    """L frozen pre-LayerNorm blocks of width D, H heads and M hidden features.
+
+    Args:
+        blocks: the tower's blocks.
+        num_heads: H.
+        activation: "quick_gelu", "gelu" or "gelu_tanh".
+        dtype: dtype of the folded weights, in which the blocks compute.
+        memory: "fast": keep what backward needs; "balanced": recompute the MLP's hidden features in backward;
+            "lean": recompute the whole block from its input.
+    """
+
+    def __init__(
+        self, blocks: tuple[FrozenBlock, ...], num_heads: int, activation: str, dtype: torch.dtype, memory: str = "fast"
+    ) -> None:
+        super().__init__()
+        self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
+        self.width = blocks[0].out_proj_weight.shape[0]
+        self.eps_1 = tuple(b.ln_1.eps for b in blocks)
+        self.eps_2 = tuple(b.ln_2.eps for b in blocks)
+        folded = [_fold_block(b, num_heads, activation, dtype) for b in blocks]
+        for name in list(folded[0]):
+            self.register_buffer(name, torch.stack([f.pop(name) for f in folded]), persistent=False)
+
+    qkv_weight: Tensor  # (L, 3D, D) rows q, k, v
+    q_bias: Tensor  # (L, D)
+    out_weight: Tensor  # (L, D, D)
+    out_bias: Tensor  # (L, D)
+    fc_weight: Tensor  # (L, M, D)
+    fc_bias: Tensor  # (L, M)
+    proj_weight: Tensor  # (L, D, M)
+    proj_bias: Tensor  # (L, D)
+
+    def qkv(self, i: int, x: Tensor, query_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of rows x entering layer i.
+
+        Args:
+            x: (..., D) rows.
+            query_rows: (..., D) the rows that need queries, if not all do.
+        Returns:
+            three of (..., H, K).
+        """
+        h = ops.layer_norm(x, self.eps_1[i])
+        h_q = h if query_rows is None else ops.layer_norm(query_rows, self.eps_1[i])
+        # two products: q lives on for backward, where k and v are copied into a buffer behind the prompts'
+        q = F.linear(h_q, self.qkv_weight[i, : self.width], self.q_bias[i])
+        k, v = F.linear(h, self.qkv_weight[i, self.width :]).chunk(2, dim=-1)
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def prompt_kv(self, prompts: Tensor, first: int = 0) -> Tensor:
+        """Keys and values of prompts that act as nothing else, of several layers in one product.
+
+        Args:
+            prompts: (I, S, P, D), prompts[i] entering layer first + i.
+            first: the first layer.
+        Returns:
+            (I, S, P, 2, H, K), keys then values.
+        """
+        depth, sets, length, width = prompts.shape
+        eps = self.eps_1[first : first + depth]
+        if len(set(eps)) == 1:
+            h = ops.layer_norm(prompts, eps[0])
+        else:
+            h = torch.stack([ops.layer_norm(p, e) for p, e in zip(prompts, eps, strict=True)])
+        weight = self.qkv_weight[first : first + depth, width:]
+        kv = torch.bmm(h.reshape(depth, sets * length, width), weight.transpose(1, 2))
+        return kv.view(depth, sets, length, 2, self.num_heads, -1)
+
+    def finish(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of layer i: output projection, residual, MLP, residual.
+
+        Args:
+            x: (..., D) rows that entered the layer.
+            attended: (..., H, K) attention's output for these rows.
+        """
+        x = ops.linear_residual(x, attended.flatten(-2), self.out_weight[i], self.out_bias[i])
+        weights = (self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i])
+        return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=self.memory == "balanced")
+
+    def run(self, layer, *args):  # type: ignore[no-untyped-def]
+        """Call layer(*args), recomputed in backward where ``memory="lean"`` asks for it."""
+        if self.memory == "lean" and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+        return layer(*args)
+
+
+class FrozenHead(nn.Module):
+    """A tower's last LayerNorm and projection, folded.
+
+    Args:
+        norm: the LayerNorm over D features.
+        projection: (D, e), or None: the features are the normalised rows.
+        bias: (e,) or None.
+        dtype: dtype of the folded weights.
+    """
+
+    def __init__(self, norm: FrozenNorm, projection: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.norm_only = norm.eps, projection is None
+        self.weight: Tensor
+        self.bias: Tensor | None
+        if projection is None:
+            self.register_buffer("weight", None if norm.weight is None else norm.weight.to(dtype), persistent=False)
+            self.register_buffer("bias", None if norm.bias is None else norm.bias.to(dtype), persistent=False)
+            return
+        weight, folded = fold_norm(projection.t(), bias, norm)
+        self.register_buffer("weight", weight.to(dtype), persistent=False)
+        self.register_buffer("bias", folded.to(dtype), persistent=False)
+
+    def forward(self, x: Tensor, mean_dim: int | None = None) -> Tensor:
+        """Features of rows.
+
+        Args:
+            x: (..., D).
+            mean_dim: a dimension to average over between LayerNorm and projection.
+        Returns:
+            (..., e), without mean_dim.
+        """
+        if self.norm_only:
+            x = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        else:
+            x = ops.layer_norm(x, self.eps)
+        if mean_dim is not None:
+            x = x.mean(mean_dim)
+        return x if self.norm_only else F.linear(x, self.weight, self.bias)
+
+
+def _fold_block(block: FrozenBlock, num_heads: int, activation: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    width = block.out_proj_weight.shape[0]
+    qkv_weight, qkv_bias = fold_norm(block.in_proj_weight, block.in_proj_bias, block.ln_1)
+    scale = (width // num_heads) ** -0.5
+    qkv_weight = torch.cat([qkv_weight[:width] * scale, qkv_weight[width:]])
+    value_bias = qkv_bias[2 * width :]
+    q_bias = qkv_bias[:width] * scale
+
+    out_weight, out_bias = fold_norm(block.out_proj_weight, block.out_proj_bias, None)
+    out_bias = out_bias + out_weight @ value_bias
+    fc_weight, fc_bias = fold_norm(block.fc_weight, block.fc_bias, block.ln_2)
+    proj_weight, proj_bias = fold_norm(block.proj_weight, block.proj_bias, None)
+    if block.ls_1 is not None:
+        out_weight, out_bias = out_weight * block.ls_1.double()[:, None], out_bias * block.ls_1.double()
+    if block.ls_2 is not None:
+        proj_weight, proj_bias = proj_weight * block.ls_2.double()[:, None], proj_bias * block.ls_2.double()
+    if activation == "quick_gelu":
+        fc_weight, fc_bias = fc_weight * QUICK_GELU_SLOPE, fc_bias * QUICK_GELU_SLOPE
+        proj_weight = proj_weight / QUICK_GELU_SLOPE
+    weights = {
+        "qkv_weight": qkv_weight,
+        "q_bias": q_bias,
+        "out_weight": out_weight,
+        "out_bias": out_bias,
+        "fc_weight": fc_weight,
+        "fc_bias": fc_bias,
+        "proj_weight": proj_weight,
+        "proj_bias": proj_bias,
+    }
+    return {name: weight.to(dtype) for name, weight in weights.items()}

@@ -1,0 +1,94 @@
+"""Class names -> packed rows: what of each class's 77-token text must run per class, without padding.
+
+In a causal tower a row depends on earlier rows only. So everything after the pooled row is dropped, the start token's
+keys and values are constants, prompts in front of the name are the same for all classes of a set, and each class adds
+only its own rows: name, full stop, end token (and the prompts behind the name, for class_token_position "middle" and
+"front"). Classes are sorted by set and number of rows, so that runs of equal length are neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from upt_fast.clip.tokens import ClassTokens
+from upt_fast.layout import PackedLayout
+
+
+class PackedClasses(nn.Module):
+    """The packed rows of C classes; all tensors are constants that move with the module and are never saved.
+
+    Args:
+        tokens: token ids of the classes, with n_text placeholders after the first token.
+        n_text: prompt tokens of each class.
+        class_token_position: "end", "middle" or "front".
+        token_embedding: (V, d).
+        positional_embedding: (T, d).
+        dtype: dtype of the rows.
+        class_sets: the prompt set of each class; None: all in set 0.
+    """
+
+    def __init__(
+        self,
+        tokens: ClassTokens,
+        n_text: int,
+        class_token_position: str,
+        token_embedding: Tensor,
+        positional_embedding: Tensor,
+        dtype: torch.dtype,
+        class_sets: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        # prompts in front of the name are shared by the classes, those behind it are rows of each class
+        self.num_shared = {"end": n_text, "middle": n_text // 2, "front": 0}[class_token_position]
+        num_inner = n_text - self.num_shared
+        sets = [0] * len(tokens.pooled) if class_sets is None else list(class_sets)
+        lengths = [pooled - self.num_shared for pooled in tokens.pooled]  # rows from the name to the pooled row
+        order = sorted(range(len(lengths)), key=lambda c: (sets[c], lengths[c]))
+
+        runs: list[list[list[int]]] = [[] for _ in range(max(sets) + 1)]
+        rows, inner_rows = [], []
+        num_rows = 0
+        for c in order:
+            run = runs[sets[c]]
+            if not run or run[-1][1] != lengths[c]:
+                run.append([0, lengths[c]])
+            run[-1][0] += 1
+            text = token_embedding[tokens.ids[c, 1 + n_text :].to(token_embedding.device)].to(dtype)
+            name = tokens.name_lengths[c] if num_inner else 0
+            hole = text.new_zeros(num_inner, text.shape[1])
+            row = torch.cat([text[:name], hole, text[name:]])[: lengths[c]]
+            first = 1 + self.num_shared
+            rows.append(row + positional_embedding[first : first + lengths[c]].to(dtype))
+            inner_rows += [[num_rows + name + j for j in range(num_inner)]]
+            num_rows += lengths[c]
+
+        device = token_embedding.device
+        self.layout = PackedLayout(tuple(tuple((n, length) for n, length in run) for run in runs))
+        self.num_inner = num_inner
+        last_rows = torch.tensor([lengths[c] for c in order], device=device).cumsum(0) - 1
+        self._constant("rows", torch.cat(rows))
+        self._constant("last_rows", last_rows)
+        self._constant("inner_rows", torch.tensor(inner_rows, device=device, dtype=torch.int64))
+        self._constant("inner_sets", torch.tensor([sets[c] for c in order], device=device))
+        self._constant("inverse", torch.tensor(order, device=device).argsort())
+        self._constant("sos", (token_embedding[tokens.ids[0, 0]].to(dtype) + positional_embedding[0].to(dtype))[None])
+        self._constant("prompt_positions", positional_embedding[1 : 1 + self.num_shared].to(dtype))
+        # filled by the text tower: keys and values of the start token in every layer, layer 0's q, k, v of the rows
+        self._constant("sos_kv", None)
+        self._constant("first_qkv", None)
+
+    rows: Tensor  # (N, d) embeddings plus positions; rows that prompts will fill hold the position alone
+    last_rows: Tensor  # (C,) each class's pooled row
+    inner_rows: Tensor  # (C, num_inner) rows that prompts fill
+    inner_sets: Tensor  # (C,) prompt set of each class
+    inverse: Tensor  # (C,) packed place of each class, in the order the user gave
+    sos: Tensor  # (1, d)
+    prompt_positions: Tensor  # (num_shared, d)
+    sos_kv: Tensor | None  # (L, 2, H, K)
+    first_qkv: Tensor | None  # (3, N, H, K)
+
+    def _constant(self, name: str, value: Tensor | None) -> None:
+        self.register_buffer(name, value, persistent=False)

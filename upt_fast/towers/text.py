@@ -1,0 +1,129 @@
+"""The prompted text tower: class features from packed class names and shared prompts.
+
+Prompt rows that the next layer replaces act only as keys and values, computed once per layer for all classes; rows
+that propagate (after the last prompted layer) run once per prompt set. The last layer has queries for the pooled rows
+only; layer 0's q, k and v of the class rows are constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from upt_fast import ops
+from upt_fast.clip.frozen import FrozenText
+from upt_fast.clip.tokens import ClassTokens
+from upt_fast.layout import PackedLayout
+from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
+from upt_fast.towers.packing import PackedClasses
+
+
+class TextTower(nn.Module):
+    """A frozen causal text tower with prompts.
+
+    Args:
+        text: the tower's weights.
+        dtype: dtype in which it computes.
+        memory: see :class:`FrozenBlocks`.
+    """
+
+    def __init__(self, text: FrozenText, dtype: torch.dtype, memory: str = "fast") -> None:
+        super().__init__()
+        self.blocks = FrozenBlocks(text.blocks, text.num_heads, text.activation, dtype, memory)
+        self.head = FrozenHead(text.ln_final, text.projection, text.projection_bias, dtype)
+        self.register_buffer("token_embedding", text.token_embedding, persistent=False)
+        self.register_buffer("positional_embedding", text.positional_embedding, persistent=False)
+        self.dtype = dtype
+
+    token_embedding: Tensor  # (V, d)
+    positional_embedding: Tensor  # (T, d)
+
+    @torch.no_grad()
+    def pack(
+        self, tokens: ClassTokens, n_text: int, class_token_position: str = "end", class_sets: list[int] | None = None
+    ) -> PackedClasses:
+        """Pack class names and compute what no prompt can change; see :class:`PackedClasses` for the arguments."""
+        dtype = self.blocks.qkv_weight.dtype
+        packed = PackedClasses(
+            tokens, n_text, class_token_position, self.token_embedding, self.positional_embedding, dtype, class_sets
+        )
+        x, sos_kv = packed.sos, []
+        for i in range(self.blocks.num_layers):
+            _, k, v = self.blocks.qkv(i, x)
+            sos_kv.append(torch.cat([k, v]))
+            x = self.blocks.finish(i, x, v)  # a row that sees only itself attends to its own value
+        packed.sos_kv = torch.stack(sos_kv)
+        if packed.num_inner == 0:
+            packed.first_qkv = torch.stack(self.blocks.qkv(0, packed.rows))
+        return packed
+
+    def forward(self, prompts: Tensor, packed: PackedClasses) -> Tensor:
+        """Features of the classes.
+
+        Args:
+            prompts: (S, depth, n_text, d) prompts of S sets, [:, i] entering layer i.
+            packed: C class names.
+        Returns:
+            (C, e), not normalised, in the order the classes were given.
+        """
+        blocks, last = self.blocks, self.blocks.num_layers - 1
+        prompts = prompts.to(packed.rows.dtype).transpose(0, 1)  # (depth, S, n, d)
+        depth, shared = len(prompts), packed.num_shared
+        prefix_rows, prompt_kv = self._prefix(prompts[:, :, :shared], packed)
+        x = packed.rows
+        for i in range(blocks.num_layers):
+            prefix_kv = prompt_kv[i] if i < depth else self._propagated_kv(i, prefix_rows, packed)
+            if depth - 1 <= i < last and shared:
+                prefix_rows = blocks.run(self._prefix_layer, i, prefix_rows, packed)
+            if i < depth and packed.num_inner:
+                inner = prompts[i, packed.inner_sets, shared:]  # (C, num_inner, d)
+                if i == 0:
+                    inner = inner + packed.rows[packed.inner_rows]
+                x = x.index_copy(0, packed.inner_rows.flatten(), inner.flatten(0, 1))
+            x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed)
+        return self.head(x)[packed.inverse]
+
+    def _prefix(self, prompts: Tensor, packed: PackedClasses) -> tuple[Tensor, Tensor]:
+        """Rows entering the last prompted layer (S, P, d), and [start token ; prompts] as keys and values.
+
+        Args:
+            prompts: (depth, S, P, d).
+        Returns:
+            rows, and (depth, S, 1 + P, 2, H, K).
+        """
+        assert packed.sos_kv is not None
+        depth, sets = prompts.shape[:2]
+        entering = torch.cat([prompts[:1] + packed.prompt_positions, prompts[1:]])
+        sos = packed.sos_kv[:depth, None, None].expand(-1, sets, -1, -1, -1, -1)
+        return entering[-1], torch.cat([sos, self.blocks.prompt_kv(entering)], dim=2)
+
+    def _propagated_kv(self, i: int, rows: Tensor, packed: PackedClasses) -> Tensor:
+        """[start token ; propagating rows (S, P, d)] as keys and values (S, 1 + P, 2, H, K) of layer i."""
+        assert packed.sos_kv is not None
+        return ops.prepend_rows(packed.sos_kv[i, None, None], self.blocks.prompt_kv(rows[None], first=i)[0])
+
+    def _prefix_layer(self, i: int, rows: Tensor, packed: PackedClasses) -> Tensor:
+        """Layer i for the propagating prompt rows (S, P, d), causal behind the start token."""
+        assert packed.sos_kv is not None
+        sets, length, _ = rows.shape
+        q, k, v = (t.flatten(0, 1) for t in self.blocks.qkv(i, rows))
+        sos_k, sos_v = packed.sos_kv[i, :, None, None]  # (1, 1, H, K) each
+        layout = PackedLayout((((sets, length),),))
+        attended = ops.packed_attention(q, k, v, sos_k, sos_v, layout).view(sets, length, *q.shape[1:])
+        return self.blocks.finish(i, rows, attended)
+
+    def _layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses) -> Tensor:
+        if i == 0 and packed.first_qkv is not None:
+            q, k, v = packed.first_qkv
+        else:
+            q, k, v = self.blocks.qkv(i, x)
+        prefix_k, prefix_v = prefix_kv.unbind(2)
+        attended = ops.packed_attention(q, k, v, prefix_k, prefix_v, packed.layout)
+        return self.blocks.finish(i, x, attended)
+
+    def _last_layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses) -> Tensor:
+        rows = x[packed.last_rows]
+        q, k, v = self.blocks.qkv(i, x, query_rows=rows)
+        prefix_k, prefix_v = prefix_kv.unbind(2)
+        attended = ops.packed_attention(q, k, v, prefix_k, prefix_v, packed.layout)
+        return self.blocks.finish(i, rows, attended)

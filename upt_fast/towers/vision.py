@@ -1,0 +1,118 @@
+"""The prompted image tower: image features from images and visual prompts shared by the images of a set.
+
+Prompts that the next layer replaces act only as keys and values, shared by the batch; after the last prompted layer
+they are ordinary rows of each image. The rows that enter layer 0 are constants, so layer 0 has gradients for the
+prompts' keys and values only. The last layer has queries for the pooled rows only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upt_fast import ops
+from upt_fast.clip.frozen import FrozenVision
+from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
+
+
+class VisionTower(nn.Module):
+    """A frozen ViT with prompts.
+
+    Args:
+        vision: the tower's weights.
+        dtype: dtype in which it computes.
+        memory: see :class:`FrozenBlocks`.
+    """
+
+    def __init__(self, vision: FrozenVision, dtype: torch.dtype, memory: str = "fast") -> None:
+        super().__init__()
+        self.blocks = FrozenBlocks(vision.blocks, vision.num_heads, vision.activation, dtype, memory)
+        self.head = FrozenHead(vision.ln_post, vision.projection, None, dtype)
+        self.image_size, self.pooling, self.norm_after_pool = vision.image_size, vision.pooling, vision.norm_after_pool
+        self.pre_eps = None if vision.ln_pre is None else vision.ln_pre.eps
+        constants = {
+            "conv_weight": vision.conv_weight,
+            "conv_bias": vision.conv_bias,
+            "class_row": vision.class_embedding + vision.positional_embedding[0],
+            "positions": vision.positional_embedding[1:],
+            "pre_weight": None if vision.ln_pre is None else vision.ln_pre.weight,
+            "pre_bias": None if vision.ln_pre is None else vision.ln_pre.bias,
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, None if value is None else value.to(dtype), persistent=False)
+
+    conv_weight: Tensor  # (w, 3, patch height, patch width)
+    conv_bias: Tensor | None  # (w,)
+    class_row: Tensor  # (w,) class embedding plus its position
+    positions: Tensor  # (G, w) of the patches
+    pre_weight: Tensor | None  # (w,)
+    pre_bias: Tensor | None  # (w,)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 1 + G, w) rows that enter layer 0: class token and patches of images (B, 3, H, W)."""
+        # a constant of the images: without a graph, unless the caller differentiates with respect to them
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            patches = F.conv2d(
+                images.to(self.conv_weight.dtype), self.conv_weight, self.conv_bias, self.conv_weight.shape[2:]
+            )
+            patches = patches.flatten(2).transpose(1, 2) + self.positions  # (B, G, w)
+            return self._pre_norm(ops.prepend_rows(self.class_row[None, None], patches))
+
+    def _pre_norm(self, x: Tensor) -> Tensor:
+        if self.pre_eps is None:
+            return x
+        return F.layer_norm(x, x.shape[-1:], self.pre_weight, self.pre_bias, self.pre_eps)
+
+    def forward(self, images: Tensor, prompts: Tensor, set_index: Tensor | None = None) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: (B, 3, H, W), normalised as the CLIP expects.
+            prompts: (S, depth, n_visual, w) prompts of S sets, [:, i] entering layer i.
+            set_index: (B,) int64, each image's set; None where S is 1.
+        Returns:
+            (B, e), not normalised.
+        Raises:
+            ValueError: the images are not (B, 3, H, W) of the model's size.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
+            height, width = self.image_size
+            raise ValueError(f"images of shape {tuple(images.shape)}; this CLIP takes (B, 3, {height}, {width})")
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images of {images.dtype}; wanted floating-point images normalised with the CLIP's mean and std"
+            )
+        blocks, last = self.blocks, self.blocks.num_layers - 1
+        x = self.embed(images)
+        prompts = prompts.to(x.dtype).transpose(0, 1)  # (depth, S, n, w)
+        depth, _, length, _ = prompts.shape
+        entering = torch.cat([self._pre_norm(prompts[:1]), prompts[1:]])
+        # in layer depth - 1 prompts become rows, unless no later layer reads those
+        key_value_only = depth if depth > last else depth - 1
+        prompt_kv = blocks.prompt_kv(entering[:key_value_only]) if key_value_only and length else None
+        first_row = 0
+        for i in range(blocks.num_layers):
+            if i == key_value_only and length:
+                x, first_row = ops.prepend_rows(entering[i], x, set_index), length
+            prefix = None if prompt_kv is None or i >= key_value_only else prompt_kv[i]
+            if i < last:
+                x = blocks.run(self._layer, i, x, prefix, set_index)
+            else:
+                x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row)
+        if self.pooling == "tok":
+            return self.head(x[:, 0])
+        return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
+
+    def _layer(self, i: int, x: Tensor, prefix: Tensor | None, set_index: Tensor | None) -> Tensor:
+        q, k, v = self.blocks.qkv(i, x)
+        prefix_k, prefix_v = (None, None) if prefix is None else prefix.unbind(2)
+        return self.blocks.finish(i, x, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index))
+
+    def _last_layer(self, i: int, x: Tensor, prefix: Tensor | None, set_index: Tensor | None, first_row: int) -> Tensor:
+        """Layer i for the pooled rows: the class token's, or all patches'."""
+        pooled = slice(first_row, first_row + 1) if self.pooling == "tok" else slice(first_row + 1, None)
+        rows = x[:, pooled]
+        q, k, v = self.blocks.qkv(i, x, query_rows=rows)
+        prefix_k, prefix_v = (None, None) if prefix is None else prefix.unbind(2)
+        return self.blocks.finish(i, rows, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index))

@@ -1,0 +1,46 @@
+"""Training, evaluation and prediction. Names load when asked for, so that reading the settings imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upt_fast.train.config import TrainConfig
+    from upt_fast.train.evaluation import Evaluation, Prediction, evaluate, predict
+    from upt_fast.train.loop import TrainingDivergedError, evaluate_run, load_run, train
+    from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
+
+__all__ = [
+    "Evaluation",
+    "Prediction",
+    "TrainConfig",
+    "TrainingDivergedError",
+    "WarmupCosineLR",
+    "evaluate",
+    "evaluate_run",
+    "load_run",
+    "lr_at_epoch",
+    "predict",
+    "train",
+]
+
+_MODULES = {
+    "TrainConfig": "config",
+    "Evaluation": "evaluation",
+    "Prediction": "evaluation",
+    "evaluate": "evaluation",
+    "predict": "evaluation",
+    "TrainingDivergedError": "loop",
+    "evaluate_run": "loop",
+    "load_run": "loop",
+    "train": "loop",
+    "WarmupCosineLR": "schedule",
+    "lr_at_epoch": "schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

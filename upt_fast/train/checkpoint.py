@@ -1,0 +1,178 @@
+"""The files of a run, each of them complete or absent whatever kills the process.
+
+    RUN/config.json        the settings
+    RUN/split.json         class names and the images of the run
+    RUN/metrics.jsonl      one line per epoch
+    RUN/tensorboard/
+    RUN/checkpoints/epoch-0007/    the learner (FastUPT.load reads it) with training_state.safetensors and .json
+    RUN/last, RUN/best     links to two of those
+    RUN/results.json       of the final evaluation; its presence says that the run is finished
+
+A checkpoint is written beside its place and renamed into it; then ``last`` is replaced by a rename of its own. Learner
+and training state are thus always of one epoch. ``best`` is derived from the training state of ``last``, which names
+the best epoch, and is set again on resumption, so that the one rename of ``last`` decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from upt_fast.files import load_safetensors, save_safetensors, write_text
+
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
+TEMPORARY_PREFIX = ".tmp-"
+STATE_FILE = "training_state.json"
+TENSORS_FILE = "training_state.safetensors"
+MOMENTUM_PREFIX = "momentum."
+
+
+class SavesPretrained(Protocol):
+    """A model that writes itself into a directory."""
+
+    def save_pretrained(self, directory: str | Path) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs beside the learner to go on; random numbers are a function of (seed, epoch) and need no state.
+
+    Args:
+        epoch: epochs done.
+        step: optimizer steps done.
+        best_epoch: epochs done when the best metric was reached.
+        best_metric: its value.
+    """
+
+    epoch: int
+    step: int
+    best_epoch: int
+    best_metric: float
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        ValueError: the file is missing, cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def checkpoint_name(epoch: int) -> str:
+    """Folder of the checkpoint after so many epochs."""
+    return f"epoch-{epoch:04d}"
+
+
+def write_checkpoint(run_dir: Path, model: SavesPretrained, momentum: dict[str, Tensor], state: TrainingState) -> None:
+    """Write the checkpoint of state.epoch, point ``last`` and ``best`` at theirs and remove the others."""
+    checkpoints = run_dir / CHECKPOINTS
+    checkpoints.mkdir(exist_ok=True)
+    name = checkpoint_name(state.epoch)
+    temporary = checkpoints / f"{TEMPORARY_PREFIX}{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tensors = {MOMENTUM_PREFIX + key: value for key, value in momentum.items()}
+    save_safetensors(temporary / TENSORS_FILE, tensors, {})
+    write_json(temporary / STATE_FILE, asdict(state))
+    fsync_directory(temporary)
+    os.rename(temporary, checkpoints / name)
+    fsync_directory(checkpoints)
+    _point(run_dir, "last", name)
+    _tidy(run_dir, state)
+
+
+def _point(run_dir: Path, link: str, name: str) -> None:
+    temporary = run_dir / f"{TEMPORARY_PREFIX}{link}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path(CHECKPOINTS) / name)
+    os.replace(temporary, run_dir / link)
+    fsync_directory(run_dir)
+
+
+def _tidy(run_dir: Path, state: TrainingState) -> None:
+    """Make everything else follow from what ``last`` points at."""
+    best = checkpoint_name(state.best_epoch)
+    if os.path.realpath(run_dir / "best") != os.path.realpath(run_dir / CHECKPOINTS / best):
+        _point(run_dir, "best", best)
+    for folder in (run_dir / CHECKPOINTS).iterdir():
+        if folder.name not in (best, checkpoint_name(state.epoch)):
+            shutil.rmtree(folder)
+
+
+def read_checkpoint(run_dir: Path) -> tuple[TrainingState, dict[str, Tensor]] | None:
+    """Training state and momentum buffers of ``last``, or None before the first checkpoint; removes what a kill left.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    last = run_dir / "last"
+    checkpoints = run_dir / CHECKPOINTS
+    if not os.path.lexists(last):
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
+        return None
+    values = read_json(last / STATE_FILE)
+    try:
+        state = TrainingState(**values)
+    except TypeError as error:
+        raise ValueError(f"{last / STATE_FILE} is damaged: {error}") from error
+    tensors, _ = load_safetensors(last / TENSORS_FILE)
+    momentum = {key.removeprefix(MOMENTUM_PREFIX): value for key, value in tensors.items()}
+    _tidy(run_dir, state)
+    return state, momentum
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory holds a training run."""
+    return (directory / "config.json").is_file()
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second process from training into the same folder.
+
+    Raises:
+        ValueError: another process holds the run.
+    """
+    # a POSIX record lock: the kernel drops it with the process, and forked loader processes do not inherit it
+    with open(run_dir / LOCK_FILE, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"another process is training into {run_dir}; wait for it, or pass another out"
+                ) from error
+            # a file system without locks
+        yield

@@ -1,0 +1,203 @@
+"""Accuracy of a model on a dataset, and its answers for single images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from upt_fast.config import require_int
+from upt_fast.data.folder import ImageItem
+from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
+from upt_fast.data.transforms import build_eval_transform, build_normalize
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one dataset; accuracies are shares between 0 and 1.
+
+    Args:
+        accuracy: top-1, over images.
+        mean_class_accuracy: mean of the classes' accuracies, over the classes that have images.
+        loss: mean cross-entropy.
+        num_images: N.
+        class_accuracy: of each class that has images.
+    """
+
+    accuracy: float
+    mean_class_accuracy: float
+    loss: float
+    num_images: int
+    class_accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first; probabilities are the softmax over all classes."""
+
+    path: str
+    classnames: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def to_device(
+    batches: Iterable[tuple[Tensor, Tensor]], normalize: Callable[[Tensor], Tensor], device: torch.device
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """(B, 3, H, W) uint8 and (B,) labels of a loader -> normalised float32 images and labels on the device."""
+    for images, labels in batches:
+        yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    dataset: Dataset[tuple[Tensor, int]],
+    batch_size: int = 100,
+    num_workers: int = 0,
+    description: str = "evaluating",
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate a model; its training mode is kept.
+
+    Args:
+        model: FastUPT or what has its classnames, preprocess_cfg and forward.
+        dataset: items of (3, H, W) uint8 and a label that indexes model.classnames; not empty.
+        batch_size: images per forward pass.
+        num_workers: processes that load images.
+        description: of the progress bar.
+        progress: whether to show it.
+    Raises:
+        ValueError: the dataset is empty.
+    """
+    num_images = len(dataset)  # type: ignore[arg-type]
+    if num_images == 0:
+        raise ValueError("the dataset has 0 images; wanted at least 1 to evaluate on")
+    device = next(model.parameters()).device
+    normalize = build_normalize(model.preprocess_cfg)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or the loader would draw from the default one, which dropout uses
+    )
+    losses, hits, labels = [], [], []
+    with (
+        _eval_mode(model),
+        tqdm(total=num_images, desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
+    ):
+        for images, target in to_device(loader, normalize, device):
+            logits = model(images)
+            losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
+            hits.append(logits.argmax(dim=1) == target)
+            labels.append(target)
+            bar.update(len(target))
+    num_classes = len(model.classnames)
+    label = torch.cat(labels).cpu()
+    hit = torch.cat(hits).cpu()
+    counts = torch.bincount(label, minlength=num_classes)
+    correct = torch.bincount(label[hit], minlength=num_classes)
+    class_accuracy = {
+        name: int(right) / int(count)
+        for name, right, count in zip(model.classnames, correct, counts, strict=True)
+        if int(count) > 0
+    }
+    return Evaluation(
+        accuracy=int(hit.sum()) / num_images,
+        mean_class_accuracy=sum(class_accuracy.values()) / len(class_accuracy),
+        loss=float(torch.cat(losses).double().mean()),
+        num_images=num_images,
+        class_accuracy=class_accuracy,
+    )
+
+
+class _eval_mode:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.training = model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)
+
+
+def predict(
+    model: Any, paths: Sequence[str | Path], top_k: int = 5, batch_size: int = 100, progress: bool = True
+) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        model: FastUPT or what has its classnames, preprocess_cfg and forward.
+        paths: N image files.
+        top_k: classes per image; all of them if there are fewer.
+        batch_size: images per forward pass.
+        progress: whether to show a progress bar.
+    Returns:
+        N predictions, in the order of paths.
+    Raises:
+        ValueError: no path, top_k below 1, or files that cannot be read, with their paths.
+    """
+    if not paths:
+        raise ValueError("no image; wanted at least one path")
+    require_int("top_k", top_k, 1)
+    device = next(model.parameters()).device
+    load = build_eval_transform(model.preprocess_cfg)
+    normalize = build_normalize(model.preprocess_cfg)
+    top_k = min(top_k, len(model.classnames))
+    predictions: list[Prediction] = []
+    failures: list[str] = []
+    with (
+        torch.no_grad(),
+        _eval_mode(model),
+        tqdm(total=len(paths), desc="predicting", unit="image", disable=None if progress else True, leave=False) as bar,
+    ):
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            images = []
+            for path in batch:
+                try:
+                    images.append(load(read_rgb(path)))
+                except ImageDecodeError as error:
+                    failures.append(str(error))
+            bar.update(len(batch))
+            if failures:  # only the other files that cannot be read are still of interest
+                continue
+            probabilities = model(normalize(torch.stack(images).to(device))).float().softmax(dim=1)
+            values, indices = probabilities.topk(top_k, dim=1)
+            predictions += [
+                Prediction(str(path), tuple(model.classnames[i] for i in index), tuple(value))
+                for path, index, value in zip(batch, indices.tolist(), values.tolist(), strict=True)
+            ]
+    if failures:
+        raise ValueError(corrupt_message(failures))
+    return predictions
+
+
+def labels_for_model(items: Sequence[ImageItem], classnames: Sequence[str]) -> list[ImageItem]:
+    """Items with labels that index a model's class names, matched by name with underscores read as spaces.
+
+    Raises:
+        ValueError: a class is not among the model's.
+    """
+    index = {_plain(name): label for label, name in enumerate(classnames)}
+    unknown = sorted({item.classname for item in items if _plain(item.classname) not in index})
+    if unknown:
+        raise ValueError(
+            f"class folders that the model was not trained on: {', '.join(unknown[:10])}"
+            f"{f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''}; it knows {len(index)} classes: "
+            f"{', '.join(list(classnames)[:10])}{', ...' if len(index) > 10 else ''}"
+        )
+    return [ImageItem(item.path, item.key, index[_plain(item.classname)], item.classname) for item in items]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").split())
