@@ -58,7 +58,8 @@ class UPTConfig:
             require_int(name, depth, 1)
             if self.preset == "released" and depth != 1:
                 raise ValueError(f"{name}={depth}; the released code prompts the input layer only: wanted 1 or None")
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if self.dropout is not None and not (number and 0.0 <= self.dropout < 1.0):
             raise ValueError(f"dropout={self.dropout!r}; wanted a probability in [0, 1)")
 
     @property

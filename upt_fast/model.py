@@ -26,6 +26,8 @@ from upt_fast.towers.vision import VisionTower
 
 LEARNER_FILE = "prompt_learner.safetensors"
 FORMAT_VERSION = 1
+DESCRIPTION_KEYS = ("config", "classnames", "clip_name", "clip_pretrained", "preprocess_cfg")
+T = TypeVar("T")
 Self = TypeVar("Self", bound="FastUPT")
 
 
@@ -69,11 +71,13 @@ class FastPromptedCLIP(nn.Module):
             raise ValueError(f"dtype={dtype}; wanted torch.float64, float32, bfloat16 or float16")
         self.backend = dispatch.resolve(backend)
         self.tokenizer, self.n_text, self.class_token_position = tokenizer, n_text, class_token_position
-        self._text_description = clip.text
+        self.text_context = clip.text.context
         self.text_tower = TextTower(clip.text, dtype, memory)
         self.vision_tower = VisionTower(clip.vision, dtype, memory)
-        self.register_buffer("logit_scale", clip.logit_scale.clone(), persistent=False)
-        logit_bias = None if clip.logit_bias is None else clip.logit_bias.clone()
+        # scalars stay in single precision beside half-precision towers, as the learner does
+        scalars = torch.float64 if dtype == torch.float64 else torch.float32
+        self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
+        logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
         self.prompt_learner = prompt_learner
         self.prompt_learner.to(clip.device, torch.float64 if dtype == torch.float64 else torch.float32)
@@ -91,7 +95,7 @@ class FastPromptedCLIP(nn.Module):
         Raises:
             ValueError: no names, an empty name, or one that is too long; the classes stay as they were.
         """
-        tokens = tokenize_classnames(classnames, self.n_text, self._text_description, self.tokenizer)
+        tokens = tokenize_classnames(classnames, self.n_text, self.text_context, self.tokenizer)
         self.packed = self.text_tower.pack(tokens, self.n_text, self.class_token_position)
         self.classnames = clean_classnames(classnames)
         self._text_cache = None
@@ -114,7 +118,7 @@ class FastPromptedCLIP(nn.Module):
     def encode_text(self, normalize: bool = True) -> Tensor:
         """Features (C, e) of the classes; in eval mode without gradients they are kept until a parameter changes."""
         features = self._class_features(None)
-        return F.normalize(features, dim=-1) if normalize else features
+        return F.normalize(features, dim=-1) if normalize else features.clone()  # the cache stays ours
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits.
@@ -135,7 +139,7 @@ class FastPromptedCLIP(nn.Module):
 
     def _class_features(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features, from the cache in eval mode without gradients."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(self.logit_scale.device.type):
             return self.text_tower((self.prompt_learner() if prompts is None else prompts).text, self.packed)
         # compared by value: a write through .data, which leaves no trace in version counters, is seen too
         parameters = list(self.prompt_learner.parameters())
@@ -299,7 +303,7 @@ class FastUPT(FastPromptedCLIP):
         state, metadata = load_safetensors(path)
         description = read_description(metadata, path)
         names = description["classnames"] if classnames is None else classnames
-        config = UPTConfig(**description["config"])
+        config = _in_file(path, lambda: make_config(None, description["config"]))
         if clip_model is None:
             if description["clip_name"] is None:
                 raise ValueError(f"{path} does not say which CLIP it was trained on: pass clip_model and tokenizer")
@@ -335,7 +339,20 @@ def read_description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         description = json.loads(metadata["upt_fast"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a learner saved by upt_fast (no description in its metadata)") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} is not a learner saved by upt_fast (its description is no JSON object)")
     if description.get("format_version") != FORMAT_VERSION or description.get("method") != "upt":
         got = {key: description.get(key) for key in ("format_version", "method")}
         raise ValueError(f"{path} has {got}; this version reads format_version {FORMAT_VERSION} of method 'upt'")
+    missing = [key for key in DESCRIPTION_KEYS if key not in description]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} in its description")
     return description
+
+
+def _in_file(path: Path, read: Callable[[], T]) -> T:
+    """read(), its ValueError prefixed by the file it speaks of."""
+    try:
+        return read()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -5,6 +5,7 @@ Each has a twin of the same name in reference/ops.py that is written for reading
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -52,6 +53,42 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tenso
     return rows.add_(bias).view(x.shape)
 
 
+class Workspace:
+    """Memory of one forward pass through a tower and its backward, in few large blocks.
+
+    Long-lived and short-lived tensors that alternate leave holes in the allocator's heap: on a CPU a quarter of the
+    peak. So the largest of both kinds live here. A workspace belongs to one call of a tower: models and threads never
+    share one.
+
+    Args:
+        num_layers: layers that will ask for kept memory of one shape.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._first_layer: dict[str, int] = {}
+        self._scratch: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def scratch(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor in like's dtype and device, for one op: the next call reuses its memory."""
+        size = math.prod(shape)
+        block = self._scratch
+        if block is None or block.numel() < size or block.dtype != like.dtype or block.device != like.device:
+            self._scratch = block = like.new_empty(size)
+        return block[:size].view(shape)
+
+    def kept(self, name: str, layer: int, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor in like's dtype and device, one per name and layer, that backward will read."""
+        block = self._kept.get(name)
+        if block is None or block.shape[1:] != shape or layer - self._first_layer[name] >= len(block):
+            self._first_layer[name] = layer
+            self._kept[name] = like.new_empty(max(1, self._num_layers - layer), *shape)
+        row = self._kept[name][layer - self._first_layer[name]]
+        # not a view: with a version counter of its own, so that writing the next layer's does not invalidate this one
+        return like.new_empty(0).set_(row.untyped_storage(), row.storage_offset(), row.size(), row.stride())
+
+
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -61,6 +98,8 @@ def mlp(
     eps: float,
     kind: str,
     recompute: bool = False,
+    workspace: Workspace | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """x + W_2 act(W_1 norm(x) + b_1) + b_2 for frozen, folded weights.
 
@@ -73,24 +112,41 @@ def mlp(
         eps: of the LayerNorm.
         kind: the activation, see :func:`activation`.
         recompute: compute the hidden features (..., M) again in backward instead of keeping them.
+        workspace: memory to use; None: the op's own.
+        layer: this layer's place in the workspace.
     """
     if torch.is_autocast_enabled(x.device.type):  # op by op, so that autocast can choose each op's dtype
         u = F.linear(layer_norm(x, eps), fc_weight, fc_bias)
         return linear_residual(x, activation(u, kind), proj_weight, proj_bias)
-    return _MLP.apply(x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute)
+    workspace = Workspace(1) if workspace is None else workspace
+    return _MLP.apply(x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute, workspace, layer)
+
+
+def _activation_into(out: Tensor, u: Tensor, kind: str) -> Tensor:
+    """:func:`activation` of u, written to out."""
+    if kind == "quick_gelu":
+        return torch.ops.aten.silu.out(u, out=out)
+    return torch.ops.aten.gelu.out(u, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
 
 
 class _MLP(torch.autograd.Function):
     """See :func:`mlp`. Backward overwrites one (N, M) buffer with both the activation's and its input's gradient."""
 
     @staticmethod
-    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute, workspace, layer):  # type: ignore[no-untyped-def]
         rows = x.reshape(-1, x.shape[-1])
         h, mean, rstd = torch.native_layer_norm(rows, rows.shape[-1:], None, None, eps)
-        u = F.linear(h, fc_weight, fc_bias)
+        shape = (len(rows), len(fc_weight))
+        keep = ctx.needs_input_grad[0] and not recompute
+        u = workspace.kept("u", layer, x, *shape) if keep else x.new_empty(shape)
+        torch.addmm(fc_bias, h, fc_weight.t(), out=u)
         ctx.save_for_backward(rows, mean, rstd, None if recompute else u, fc_weight, fc_bias, proj_weight)
-        ctx.kind, ctx.eps = kind, eps
-        return linear_residual(x, activation(u, kind), proj_weight, proj_bias)
+        ctx.kind, ctx.eps, ctx.workspace = kind, eps, workspace
+        a = _activation_into(workspace.scratch(u, *u.shape), u, kind)
+        if not ctx.needs_input_grad[0] or x.dtype.itemsize < 4:
+            return linear_residual(x, a, proj_weight, proj_bias)
+        y = workspace.kept("y", layer, x, *rows.shape)
+        return torch.addmm(rows, a, proj_weight.t(), out=y).add_(proj_bias).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +155,7 @@ class _MLP(torch.autograd.Function):
         if u is None:
             u = F.linear(layer_norm(x, ctx.eps), fc_weight, fc_bias)
         shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
-        du = dy @ proj_weight  # (N, M)
+        du = torch.mm(dy, proj_weight, out=ctx.workspace.scratch(dy, len(dy), proj_weight.shape[1]))
         if ctx.kind == "quick_gelu":
             torch.ops.aten.silu_backward.grad_input(du, u, grad_input=du)
         else:
@@ -108,7 +164,156 @@ class _MLP(torch.autograd.Function):
         dx = torch.ops.aten.native_layer_norm_backward(
             du @ fc_weight, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
         )[0]
-        return dx.add_(dy).view(shape), None, None, None, None, None, None, None
+        return dx.add_(dy).view(shape), *[None] * 9
+
+
+def attention(
+    x: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    qkv_weight: Tensor,
+    q_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+    set_index: Tensor | None = None,
+    workspace: Workspace | None = None,
+    layer: int = 0,
+    *,
+    num_heads: int,
+) -> Tensor:
+    """x + W_o attention(W_qkv norm(x)) + b_o over [shared prefix ; own rows], for frozen, folded weights.
+
+    Args:
+        x: (B, L, D) residual stream.
+        prefix_k: (S, P, H, K) keys of S prompt sets, or None.
+        prefix_v: (S, P, H, K) values, or None.
+        qkv_weight: (3D, D), attention's scale in its query rows.
+        q_bias: (D,).
+        out_weight: (D, D), W_o.
+        out_bias: (D,), b_o, with what the value biases add.
+        eps: of the LayerNorm.
+        set_index: (B,) int64, each image's set; None where S is 1.
+        workspace: memory to use; None: the op's own.
+        layer: this layer's place in the workspace.
+        num_heads: H.
+    """
+    fused = x.device.type == "cpu" and x.numel() > 0 and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
+    if fused:
+        workspace = Workspace(1) if workspace is None else workspace
+        weights = (qkv_weight, q_bias, out_weight, out_bias)
+        return _AttentionCPU.apply(x, prefix_k, prefix_v, *weights, eps, set_index, workspace, layer, num_heads)
+    q, k, v = qkv(layer_norm(x, eps), qkv_weight, q_bias, num_heads)
+    attended = prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
+    return linear_residual(x, attended.flatten(-2), out_weight, out_bias)
+
+
+def qkv(
+    h: Tensor, weight: Tensor, q_bias: Tensor, num_heads: int, h_q: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of normalised rows.
+
+    Args:
+        h: (..., D).
+        weight: (3D, D).
+        q_bias: (D,).
+        num_heads: H.
+        h_q: (..., D) the rows that need queries, if not all do.
+    Returns:
+        three of (..., H, K).
+    """
+    width = h.shape[-1]
+    # two products: q lives on for backward, where k and v are copied into a buffer behind the prompts'
+    q = F.linear(h if h_q is None else h_q, weight[:width], q_bias)
+    k, v = F.linear(h, weight[width:]).chunk(2, dim=-1)
+    return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # type: ignore[return-value]
+
+
+class _AttentionCPU(torch.autograd.Function):
+    """See :func:`attention`: what backward needs lives in the workspace; dq, dk and dv share one product."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x,
+        prefix_k,
+        prefix_v,
+        qkv_weight,
+        q_bias,
+        out_weight,
+        out_bias,
+        eps,
+        set_index,
+        workspace,
+        layer,
+        num_heads,
+    ):
+        batch, length, width = x.shape
+        prefix = 0 if prefix_k is None else prefix_k.shape[1]
+        keep = any(ctx.needs_input_grad[:3])
+        rows = x.reshape(-1, width)
+
+        def new(name: str, *shape: int) -> Tensor:
+            return workspace.kept(name, layer, x, *shape) if keep else x.new_empty(shape)
+
+        h, mean, rstd = torch.native_layer_norm(rows, (width,), None, None, eps)
+        q = torch.addmm(q_bias, h, qkv_weight[:width].t(), out=new("q", *rows.shape))
+        kv = torch.mm(h, qkv_weight[width:].t(), out=workspace.scratch(x, len(rows), 2 * width))
+        k, v = (new(name, batch, prefix + length, width) for name in ("k", "v"))
+        for buffer, own, shared in ((k, kv[:, :width], prefix_k), (v, kv[:, width:], prefix_v)):
+            buffer[:, prefix:] = own.view(batch, length, width)
+            if prefix:
+                buffer[:, :prefix] = (shared if set_index is None else shared[set_index]).flatten(2)
+        heads = [_split_heads(t, batch, num_heads) for t in (q, k, v)]
+        attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=1.0)
+        ctx.save_for_backward(rows, mean, rstd, q, k, v, attended, lse, qkv_weight, out_weight, set_index)
+        ctx.prefix, ctx.sets, ctx.workspace, ctx.num_heads = (
+            prefix,
+            len(prefix_k) if prefix else 0,
+            workspace,
+            num_heads,
+        )
+        y = torch.addmm(rows, attended.transpose(1, 2).reshape(rows.shape), out_weight.t(), out=new("x", *rows.shape))
+        return y.add_(out_bias).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        rows, mean, rstd, q, k, v, attended, lse, qkv_weight, out_weight, set_index = ctx.saved_tensors
+        batch, length, width = dy.shape
+        dy = dy.reshape(rows.shape)
+        dout = _split_heads(dy @ out_weight, batch, ctx.num_heads)
+        heads = [_split_heads(t, batch, ctx.num_heads) for t in (q, k, v)]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, *heads, attended, lse, 0.0, False, scale=1.0
+        )
+        dprefix = [None, None]
+        for i, d in enumerate((dk, dv)):
+            if ctx.needs_input_grad[1 + i]:
+                dprefix[i] = _sum_by_set(d[:, :, : ctx.prefix].transpose(1, 2), set_index, ctx.sets)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dqkv = ctx.workspace.scratch(dy, batch, length, 3, ctx.num_heads, width // ctx.num_heads)
+            for i, d in enumerate((dq, dk[:, :, ctx.prefix :], dv[:, :, ctx.prefix :])):
+                dqkv[:, :, i] = d.transpose(1, 2)
+            dh = dqkv.view(len(rows), 3 * width) @ qkv_weight
+            dx = torch.ops.aten.native_layer_norm_backward(
+                dh, rows, (width,), mean, rstd, None, None, [True, False, False]
+            )[0]
+            dx = dx.add_(dy).view(batch, length, width)
+        return dx, *dprefix, *[None] * 9
+
+
+def _split_heads(x: Tensor, batch: int, num_heads: int) -> Tensor:
+    """(B * L, D) or (B, L, D) -> (B, H, L, K), a view."""
+    return x.view(batch, -1, num_heads, x.shape[-1] // num_heads).transpose(1, 2)
+
+
+def _sum_by_set(x: Tensor, set_index: Tensor | None, sets: int) -> Tensor:
+    """(S, ...) sums of x (B, ...) over the sequences of each set."""
+    if set_index is None:
+        return x.sum(dim=0, keepdim=True)
+    return x.new_zeros(sets, *x.shape[1:]).index_add_(0, set_index, x.contiguous())
 
 
 def prefix_attention(
@@ -169,11 +374,7 @@ class _PrependRows(torch.autograd.Function):
         length = ctx.shape[1]
         prefix_grad = None
         if ctx.needs_input_grad[0]:
-            shared = grad[:, :length]
-            if ctx.set_index is None:
-                prefix_grad = shared.sum(dim=0, keepdim=True)
-            else:
-                prefix_grad = grad.new_zeros(ctx.shape).index_add_(0, ctx.set_index, shared.contiguous())
+            prefix_grad = _sum_by_set(grad[:, :length], ctx.set_index, ctx.shape[0])
         return prefix_grad, grad[:, length:] if ctx.needs_input_grad[1] else None, None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from upt_fast.config import UPTConfig
 from upt_fast.files import load_safetensors
+from upt_fast.model import FastUPT
+from upt_fast.reference import ReferenceUPT
 
 
 def relative_rms(got: Tensor, wanted: Tensor) -> float:
@@ -115,6 +119,44 @@ def vit_b16(seed: int = 0) -> nn.Module:
     )
 
 
+# the 100 classes of Caltech101 as the few-shot splits name them
+CALTECH101_CLASSNAMES = (
+    "face, leopard, motorbike, accordion, airplane, anchor, ant, barrel, bass, beaver, binocular, bonsai, brain, "
+    "brontosaurus, buddha, butterfly, camera, cannon, car_side, ceiling_fan, cellphone, chair, chandelier, "
+    "cougar_body, cougar_face, crab, crayfish, crocodile, crocodile_head, cup, dalmatian, dollar_bill, dolphin, "
+    "dragonfly, electric_guitar, elephant, emu, euphonium, ewer, ferry, flamingo, flamingo_head, garfield, "
+    "gerenuk, gramophone, grand_piano, hawksbill, headphone, hedgehog, helicopter, ibis, inline_skate, "
+    "joshua_tree, kangaroo, ketch, lamp, laptop, llama, lobster, lotus, mandolin, mayfly, menorah, metronome, "
+    "minaret, nautilus, octopus, okapi, pagoda, panda, pigeon, pizza, platypus, pyramid, revolver, rhino, "
+    "rooster, saxophone, schooner, scissors, scorpion, sea_horse, snoopy, soccer_ball, stapler, starfish, "
+    "stegosaurus, stop_sign, strawberry, sunflower, tick, trilobite, umbrella, watch, water_lilly, wheelchair, "
+    "wild_cat, windsor_chair, wrench, yin_yang"
+).split(", ")
+
+
+def bench_classnames(count: int) -> list[str]:
+    """Class names for benchmarks: Caltech101's up to 100 classes, ImageNet's beyond."""
+    if count <= 100:
+        return CALTECH101_CLASSNAMES[:count]
+    from open_clip import IMAGENET_CLASSNAMES
+
+    if count > len(IMAGENET_CLASSNAMES):
+        raise ValueError(f"count={count}; there are {len(IMAGENET_CLASSNAMES)} names")
+    return list(IMAGENET_CLASSNAMES[:count])
+
+
+class TruncatedUPT(ReferenceUPT):
+    """The reference with its texts cut after the longest class's pooled row: what a careful user would do."""
+
+    def set_classnames(self, classnames: Sequence[str]) -> None:
+        super().set_classnames(classnames)
+        length = max(self.tokens.pooled) + 1
+        self.tokens = dataclasses.replace(self.tokens, ids=self.tokens.ids[:, :length].contiguous())
+
+
+PROVIDERS: dict[str, type[nn.Module]] = {"reference": ReferenceUPT, "truncated": TruncatedUPT, "fast": FastUPT}
+
+
 def golden_clip(path: Path, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The CLIP of a directory of vectors as an open_clip model.
 
@@ -178,8 +220,6 @@ def write_vectors(
         seed: of all random values.
     """
     from safetensors.torch import save_file
-
-    from upt_fast.reference import ReferenceUPT
 
     clip = random_clip(**geometry, text_heads=geometry["text_width"] // 64, seed=seed)
     with torch.no_grad():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from upt_fast.clip.tokens import ClassTokens
 from upt_fast.config import UPTConfig, require_choice
 from upt_fast.files import load_safetensors
-from upt_fast.model import FastUPT
+from upt_fast.model import FastUPT, make_config
 from upt_fast.reference import ReferenceUPT
 from upt_fast.testing import golden_clip, max_error, relative_rms
 
@@ -66,7 +66,7 @@ def upt_released(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> UPTConf
 
 def upt_paper(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> UPTConfig:
     """Options of a file of the preset "paper": named as UPTConfig's fields."""
-    return UPTConfig(preset="paper", **sidecar.get("options", {}))
+    return make_config(None, {"preset": "paper", **sidecar.get("options", {})})
 
 
 METHODS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], UPTConfig]] = {

@@ -44,6 +44,16 @@ class FrozenBlock:
 
 
 @dataclass(frozen=True)
+class TextContext:
+    """What a text tower wants of token ids: how many, below which id, and which row becomes the feature."""
+
+    length: int  # T
+    vocabulary: int  # V
+    pooling: str  # one of TEXT_POOLINGS
+    eos_id: int | None  # read by "eos" pooling only
+
+
+@dataclass(frozen=True)
 class FrozenText:
     """A causal text tower of width d, context length T, vocabulary V and output width e."""
 
@@ -63,8 +73,8 @@ class FrozenText:
         return self.positional_embedding.shape[1]
 
     @property
-    def context_length(self) -> int:
-        return self.positional_embedding.shape[0]
+    def context(self) -> TextContext:
+        return TextContext(len(self.positional_embedding), len(self.token_embedding), self.pooling, self.eos_id)
 
 
 @dataclass(frozen=True)

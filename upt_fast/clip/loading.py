@@ -61,11 +61,14 @@ def load_clip(
 
     _check_names(name, pretrained, open_clip)
     try:
+        # the tag knows its activation; open_clip only warns where the architecture's default is another
+        tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else None
         model = open_clip.create_model(
             name,
             pretrained=pretrained,
             precision=precision,
             device=device,
+            force_quick_gelu=bool((tag or {}).get("quick_gelu")),
             cache_dir=cache_dir,
             require_pretrained=True,
         )

@@ -60,11 +60,12 @@ def frozen_clip(model: Any) -> FrozenCLIP:
     vision_dim = vision.width if vision.projection is None else vision.projection.shape[1]
     if text_dim != vision_dim:
         refuse("model", f"text features of width {text_dim} beside image features of width {vision_dim}")
+    logit_scale: Any = model.logit_scale
     logit_bias: Any = getattr(model, "logit_bias", None)
     return FrozenCLIP(
         text=text,
         vision=vision,
-        logit_scale=_scalar(model.logit_scale, "logit_scale"),
+        logit_scale=_scalar(logit_scale, "logit_scale"),
         logit_bias=None if logit_bias is None else _scalar(logit_bias, "logit_bias"),
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upt_fast.clip.frozen import FrozenText
+from upt_fast.clip.frozen import TextContext
 
 Tokenizer = Callable[..., Tensor]  # open_clip's: (texts, context_length=...) -> (C, context_length) int64
 
@@ -57,14 +57,14 @@ def clean_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
 
 
 def tokenize_classnames(
-    classnames: Sequence[str], n_text: int, text: FrozenText, tokenizer: Tokenizer | None = None
+    classnames: Sequence[str], n_text: int, context: TextContext, tokenizer: Tokenizer | None = None
 ) -> ClassTokens:
     """Token ids of "X ... X name." with n_text placeholders.
 
     Args:
         classnames: C names.
         n_text: placeholder tokens between the start token and the name.
-        text: the tower that will read the ids.
+        context: what the tower that will read the ids wants.
         tokenizer: open_clip's tokenizer of that model; None: CLIP's byte-pair tokenizer.
     Raises:
         ValueError: a name is empty or does not fit the context, with the name; the tokenizer's ids do not fit the
@@ -73,17 +73,16 @@ def tokenize_classnames(
     names = clean_classnames(classnames)
     if tokenizer is None:
         tokenizer = clip_tokenizer()
-    length = text.context_length
+    length = context.length
     texts = [" ".join(["X"] * n_text + [name]) + "." for name in names]
     # one token more than the context: a text that is cut at the end of this is too long for the tower
     ids = torch.as_tensor(tokenizer(texts, context_length=length + 1)).long()
-    vocabulary = len(text.token_embedding)
-    if ids.shape != (len(names), length + 1) or int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+    if ids.shape != (len(names), length + 1) or int(ids.max()) >= context.vocabulary or int(ids.min()) < 0:
         raise ValueError(
             f"the tokenizer gave ids of shape {tuple(ids.shape)} from {int(ids.min())} to {int(ids.max())}; wanted "
-            f"shape {(len(names), length + 1)} and ids below {vocabulary}: pass the tokenizer that belongs to this CLIP"
+            f"shape {(len(names), length + 1)} and ids below {context.vocabulary}: pass the tokenizer that belongs to this CLIP"
         )
-    end = end_rows(ids, text)
+    end = end_rows(ids, context)
     for name, row in zip(names, end.tolist(), strict=True):
         if row >= length:
             shown = name if len(name) <= 80 else f"{name[:77]}..."
@@ -92,21 +91,21 @@ def tokenize_classnames(
                 "wanted a shorter name (or fewer prompt tokens)"
             )
     bare = torch.as_tensor(tokenizer(list(names), context_length=length + 1)).long()
-    name_lengths = tuple((end_rows(bare, text) - 1).tolist())
+    name_lengths = tuple((end_rows(bare, context) - 1).tolist())
     if 0 in name_lengths:
         i = name_lengths.index(0)
         raise ValueError(f"class name {i} is {classnames[i]!r}: it has no token; wanted at least one letter or digit")
-    pooled = torch.full_like(end, length - 1) if text.pooling == "last" else end
+    pooled = torch.full_like(end, length - 1) if context.pooling == "last" else end
     return ClassTokens(ids[:, :length].contiguous(), name_lengths, tuple(pooled.tolist()))
 
 
-def end_rows(ids: Tensor, text: FrozenText) -> Tensor:
+def end_rows(ids: Tensor, context: TextContext) -> Tensor:
     """(C,) row of each text's end token: by the model's eos id, else the first of the largest ids (CLIP)."""
-    if text.pooling == "eos":
-        found = torch.eq(ids, -1 if text.eos_id is None else text.eos_id)
+    if context.pooling == "eos":
+        found = torch.eq(ids, -1 if context.eos_id is None else context.eos_id)
         if not bool(found.any(dim=1).all()):
             raise ValueError(
-                f"the tokenizer wrote no end token {text.eos_id}: pass the tokenizer that belongs to this CLIP"
+                f"the tokenizer wrote no end token {context.eos_id}: pass the tokenizer that belongs to this CLIP"
             )
         return found.int().argmax(dim=1)
     return ids.argmax(dim=1)

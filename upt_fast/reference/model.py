@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames
 from upt_fast.config import UPTConfig
@@ -109,7 +108,7 @@ class ReferenceUPT(nn.Module):
         frozen = frozen_clip(clip_model)
         # out of state_dict() and parameters(): only the learner is trained and saved
         object.__setattr__(self, "clip_model", clip_model.eval().requires_grad_(False))
-        self.tokenizer = tokenizer
+        self.tokenizer, self.text_context = tokenizer, frozen.text.context
         depths = self.config.depths(len(frozen.text.blocks), len(frozen.vision.blocks))
         self.depth_text, self.depth_vision = depths
         self.prompt_learner = ReferencePromptLearner(self.config, *depths, frozen.text.width, frozen.vision.width)
@@ -128,8 +127,7 @@ class ReferenceUPT(nn.Module):
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
         """Replace the classes; raises ValueError on an empty name or one that does not fit the context."""
-        text: FrozenText = frozen_clip(self.clip_model).text
-        self.tokens = tokenize_classnames(classnames, self.config.n_text, text, self.tokenizer)
+        self.tokens = tokenize_classnames(classnames, self.config.n_text, self.text_context, self.tokenizer)
         self.classnames = clean_classnames(classnames)
 
     def prompt_rows(self) -> Tensor:

@@ -1,4 +1,5 @@
-"""The engine's operations (upt_fast/ops.py), each in a few lines to be read: same names, same arguments."""
+"""The engine's operations (upt_fast/ops.py), each in a few lines to be read: same names, same
+arguments but for what only steers memory."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
     return torch.cat([prefix[index], x], dim=1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of one sequence, q already scaled: q (Q, H, K), k and v (L, H, K)."""
     return torch.einsum("hql,lhk->qhk", torch.einsum("qhk,lhk->hql", q, k).softmax(-1), v)
 
@@ -64,7 +65,35 @@ def prefix_attention(
     """Each image's queries over [prefix of its set ; own rows]."""
     if prefix_k is not None and prefix_v is not None:
         k, v = prepend_rows(prefix_k, k, set_index), prepend_rows(prefix_v, v, set_index)
-    return torch.stack([attention(*sequence) for sequence in zip(q, k, v, strict=True)])
+    return torch.stack([softmax_attention(*sequence) for sequence in zip(q, k, v, strict=True)])
+
+
+def qkv(
+    h: Tensor, weight: Tensor, q_bias: Tensor, num_heads: int, h_q: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W_q h_q + b_q, W_k h and W_v h, split into heads."""
+    w_q, w_k, w_v = weight.chunk(3)
+    q = (h if h_q is None else h_q) @ w_q.t() + q_bias
+    return q.unflatten(-1, (num_heads, -1)), *((h @ w.t()).unflatten(-1, (num_heads, -1)) for w in (w_k, w_v))
+
+
+def attention(
+    x: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    qkv_weight: Tensor,
+    q_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    eps: float,
+    set_index: Tensor | None = None,
+    *,
+    num_heads: int,
+) -> Tensor:
+    """x + W_o attention(W_qkv norm(x)) + b_o over [prefix of the sequence's set ; own rows]."""
+    q, k, v = qkv(layer_norm(x, eps), qkv_weight, q_bias, num_heads)
+    attended = prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
+    return linear_residual(x, attended.flatten(-2), out_weight, out_bias)
 
 
 def packed_attention(
@@ -78,7 +107,7 @@ def packed_attention(
             for end in range(length if last_only else 1, length + 1):
                 keys = torch.cat([prefix_k[s], k[row : row + end]])
                 values = torch.cat([prefix_v[s], v[row : row + end]])
-                outputs.append(attention(q[query : query + 1], keys, values))
+                outputs.append(softmax_attention(q[query : query + 1], keys, values))
                 query += 1
             row += length
     return torch.cat(outputs)

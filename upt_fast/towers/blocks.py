@@ -83,14 +83,26 @@ class FrozenBlocks(nn.Module):
             three of (..., H, K).
         """
         h = ops.layer_norm(x, self.eps_1[i])
-        h_q = h if query_rows is None else ops.layer_norm(query_rows, self.eps_1[i])
-        # two products: q lives on for backward, where k and v are copied into a buffer behind the prompts'
-        q = F.linear(h_q, self.qkv_weight[i, : self.width], self.q_bias[i])
-        k, v = F.linear(h, self.qkv_weight[i, self.width :]).chunk(2, dim=-1)
-        return self._heads(q), self._heads(k), self._heads(v)
+        h_q = None if query_rows is None else ops.layer_norm(query_rows, self.eps_1[i])
+        return ops.qkv(h, self.qkv_weight[i], self.q_bias[i], self.num_heads, h_q)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+    def layer(
+        self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: ops.Workspace | None
+    ) -> Tensor:
+        """All of layer i for sequences that see [shared prefix ; own rows].
+
+        Args:
+            x: (B, L, D) rows that enter the layer.
+            prefix_kv: (S, P, 2, H, K) keys and values of S prompt sets, or None.
+            set_index: (B,) int64, each sequence's set; None where S is 1.
+            workspace: memory of this pass, or None.
+        """
+        prefix_k, prefix_v = (None, None) if prefix_kv is None else prefix_kv.unbind(2)
+        weights = (self.qkv_weight[i], self.q_bias[i], self.out_weight[i], self.out_bias[i])
+        x = ops.attention(
+            x, prefix_k, prefix_v, *weights, self.eps_1[i], set_index, workspace, i, num_heads=self.num_heads
+        )
+        return self.mlp(i, x, workspace)
 
     def prompt_kv(self, prompts: Tensor, first: int = 0) -> Tensor:
         """Keys and values of prompts that act as nothing else, of several layers in one product.
@@ -109,18 +121,28 @@ class FrozenBlocks(nn.Module):
             h = torch.stack([ops.layer_norm(p, e) for p, e in zip(prompts, eps, strict=True)])
         weight = self.qkv_weight[first : first + depth, width:]
         kv = torch.bmm(h.reshape(depth, sets * length, width), weight.transpose(1, 2))
-        return kv.view(depth, sets, length, 2, self.num_heads, -1)
+        return kv.view(depth, sets, length, 2, self.num_heads, width // self.num_heads)
 
-    def finish(self, i: int, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, i: int, x: Tensor, attended: Tensor, workspace: ops.Workspace | None) -> Tensor:
         """The rest of layer i: output projection, residual, MLP, residual.
 
         Args:
             x: (..., D) rows that entered the layer.
             attended: (..., H, K) attention's output for these rows.
+            workspace: memory of this pass, or None.
         """
         x = ops.linear_residual(x, attended.flatten(-2), self.out_weight[i], self.out_bias[i])
+        return self.mlp(i, x, workspace)
+
+    def mlp(self, i: int, x: Tensor, workspace: ops.Workspace | None) -> Tensor:
+        """The MLP of layer i with its residual, for rows (..., D)."""
         weights = (self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i])
-        return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=self.memory == "balanced")
+        recompute = self.memory == "balanced"
+        return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=recompute, workspace=workspace, layer=i)
+
+    def workspace(self) -> ops.Workspace | None:
+        """Memory for one pass through the layers; None where backward recomputes them, in an order of its own."""
+        return None if self.memory == "lean" else ops.Workspace(self.num_layers - 1)
 
     def run(self, layer, *args):  # type: ignore[no-untyped-def]
         """Call layer(*args), recomputed in backward where ``memory="lean"`` asks for it."""

@@ -47,11 +47,11 @@ class TextTower(nn.Module):
         packed = PackedClasses(
             tokens, n_text, class_token_position, self.token_embedding, self.positional_embedding, dtype, class_sets
         )
-        x, sos_kv = packed.sos, []
+        x, sos_kv, workspace = packed.sos, [], None
         for i in range(self.blocks.num_layers):
             _, k, v = self.blocks.qkv(i, x)
             sos_kv.append(torch.cat([k, v]))
-            x = self.blocks.finish(i, x, v)  # a row that sees only itself attends to its own value
+            x = self.blocks.finish(i, x, v, workspace)  # a row that sees only itself attends to its own value
         packed.sos_kv = torch.stack(sos_kv)
         if packed.num_inner == 0:
             packed.first_qkv = torch.stack(self.blocks.qkv(0, packed.rows))
@@ -70,17 +70,18 @@ class TextTower(nn.Module):
         prompts = prompts.to(packed.rows.dtype).transpose(0, 1)  # (depth, S, n, d)
         depth, shared = len(prompts), packed.num_shared
         prefix_rows, prompt_kv = self._prefix(prompts[:, :, :shared], packed)
-        x = packed.rows
+        x, workspace = packed.rows, blocks.workspace()
+        prefix_workspace = blocks.workspace()
         for i in range(blocks.num_layers):
             prefix_kv = prompt_kv[i] if i < depth else self._propagated_kv(i, prefix_rows, packed)
             if depth - 1 <= i < last and shared:
-                prefix_rows = blocks.run(self._prefix_layer, i, prefix_rows, packed)
+                prefix_rows = blocks.run(self._prefix_layer, i, prefix_rows, packed, prefix_workspace)
             if i < depth and packed.num_inner:
                 inner = prompts[i, packed.inner_sets, shared:]  # (C, num_inner, d)
                 if i == 0:
                     inner = inner + packed.rows[packed.inner_rows]
                 x = x.index_copy(0, packed.inner_rows.flatten(), inner.flatten(0, 1))
-            x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed)
+            x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed, workspace)
         return self.head(x)[packed.inverse]
 
     def _prefix(self, prompts: Tensor, packed: PackedClasses) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ class TextTower(nn.Module):
         assert packed.sos_kv is not None
         return ops.prepend_rows(packed.sos_kv[i, None, None], self.blocks.prompt_kv(rows[None], first=i)[0])
 
-    def _prefix_layer(self, i: int, rows: Tensor, packed: PackedClasses) -> Tensor:
+    def _prefix_layer(self, i: int, rows: Tensor, packed: PackedClasses, workspace: ops.Workspace | None) -> Tensor:
         """Layer i for the propagating prompt rows (S, P, d), causal behind the start token."""
         assert packed.sos_kv is not None
         sets, length, _ = rows.shape
@@ -110,20 +111,24 @@ class TextTower(nn.Module):
         sos_k, sos_v = packed.sos_kv[i, :, None, None]  # (1, 1, H, K) each
         layout = PackedLayout((((sets, length),),))
         attended = ops.packed_attention(q, k, v, sos_k, sos_v, layout).view(sets, length, *q.shape[1:])
-        return self.blocks.finish(i, rows, attended)
+        return self.blocks.finish(i, rows, attended, workspace)
 
-    def _layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses) -> Tensor:
+    def _layer(
+        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: ops.Workspace | None
+    ) -> Tensor:
         if i == 0 and packed.first_qkv is not None:
             q, k, v = packed.first_qkv
         else:
             q, k, v = self.blocks.qkv(i, x)
         prefix_k, prefix_v = prefix_kv.unbind(2)
         attended = ops.packed_attention(q, k, v, prefix_k, prefix_v, packed.layout)
-        return self.blocks.finish(i, x, attended)
+        return self.blocks.finish(i, x, attended, workspace)
 
-    def _last_layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses) -> Tensor:
+    def _last_layer(
+        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: ops.Workspace | None
+    ) -> Tensor:
         rows = x[packed.last_rows]
         q, k, v = self.blocks.qkv(i, x, query_rows=rows)
         prefix_k, prefix_v = prefix_kv.unbind(2)
         attended = ops.packed_attention(q, k, v, prefix_k, prefix_v, packed.layout)
-        return self.blocks.finish(i, rows, attended)
+        return self.blocks.finish(i, rows, attended, workspace)

@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
         constants = {
             "conv_weight": vision.conv_weight,
             "conv_bias": vision.conv_bias,
-            "class_row": vision.class_embedding + vision.positional_embedding[0],
+            "class_row": vision.class_embedding.to(dtype) + vision.positional_embedding[0].to(dtype),
             "positions": vision.positional_embedding[1:],
             "pre_weight": None if vision.ln_pre is None else vision.ln_pre.weight,
             "pre_bias": None if vision.ln_pre is None else vision.ln_pre.bias,
@@ -91,28 +91,31 @@ class VisionTower(nn.Module):
         # in layer depth - 1 prompts become rows, unless no later layer reads those
         key_value_only = depth if depth > last else depth - 1
         prompt_kv = blocks.prompt_kv(entering[:key_value_only]) if key_value_only and length else None
-        first_row = 0
+        first_row, workspace = 0, blocks.workspace()
         for i in range(blocks.num_layers):
             if i == key_value_only and length:
                 x, first_row = ops.prepend_rows(entering[i], x, set_index), length
             prefix = None if prompt_kv is None or i >= key_value_only else prompt_kv[i]
             if i < last:
-                x = blocks.run(self._layer, i, x, prefix, set_index)
+                x = blocks.run(blocks.layer, i, x, prefix, set_index, workspace)
             else:
-                x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row)
+                x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, workspace)
         if self.pooling == "tok":
             return self.head(x[:, 0])
         return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
 
-    def _layer(self, i: int, x: Tensor, prefix: Tensor | None, set_index: Tensor | None) -> Tensor:
-        q, k, v = self.blocks.qkv(i, x)
-        prefix_k, prefix_v = (None, None) if prefix is None else prefix.unbind(2)
-        return self.blocks.finish(i, x, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index))
-
-    def _last_layer(self, i: int, x: Tensor, prefix: Tensor | None, set_index: Tensor | None, first_row: int) -> Tensor:
+    def _last_layer(
+        self,
+        i: int,
+        x: Tensor,
+        prefix: Tensor | None,
+        set_index: Tensor | None,
+        first_row: int,
+        workspace: ops.Workspace | None,
+    ) -> Tensor:
         """Layer i for the pooled rows: the class token's, or all patches'."""
         pooled = slice(first_row, first_row + 1) if self.pooling == "tok" else slice(first_row + 1, None)
         rows = x[:, pooled]
         q, k, v = self.blocks.qkv(i, x, query_rows=rows)
         prefix_k, prefix_v = (None, None) if prefix is None else prefix.unbind(2)
-        return self.blocks.finish(i, rows, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index))
+        return self.blocks.finish(i, rows, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index), workspace)

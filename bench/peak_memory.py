@@ -1,0 +1,48 @@
+"""Peak memory of training steps, in a process of its own: ``python bench/peak_memory.py PROVIDER CLASSES BATCH``.
+
+Prints JSON: ``activations_mib``, the peak during the steps above what the process held before them (Python, PyTorch,
+weights, inputs), and ``process_mib``, the peak of the whole process. Linux reads both off the kernel's high-water
+mark, which is reset before the first step; building the model does not count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from upt_fast.testing import PROVIDERS, bench_classnames, vit_b16
+
+
+def status_mib(key: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def main(provider: str, classes: int, batch: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    clip = vit_b16()
+    model = PROVIDERS[provider](clip, bench_classnames(classes)).train()
+    del clip  # the fast engine has its own weights; the reference keeps it alive
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(classes, (batch,))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed weights must not serve as activations unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mib("VmRSS")
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images), labels).backward()
+    peak = status_mib("VmHWM")
+    return {"activations_mib": round(peak - before, 1), "process_mib": round(peak, 1)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

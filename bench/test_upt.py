@@ -1,0 +1,192 @@
+"""UPT on ViT-B/16 geometry with random weights: reference, truncated and fast on the same inputs, in one run.
+
+Closeness is checked before anything is timed. The reference of 1000 classes needs 40 GB: its text tower is timed on a
+tenth of the classes (group text) and its step is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upt_fast.testing import PROVIDERS, bench_classnames, relative_rms, vit_b16
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOSE = 1e-4  # relative RMS in float32: logits and all gradients
+STEPS = [
+    pytest.param(100, 8, id="C100-B8"),
+    pytest.param(100, 32, id="C100-B32", marks=pytest.mark.full),
+    pytest.param(1000, 8, id="C1000-B8"),
+]
+
+
+@cache
+def clip() -> nn.Module:
+    return vit_b16().to(DEVICE)
+
+
+@cache
+def model(provider: str, classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return PROVIDERS[provider](clip(), bench_classnames(classes)).to(DEVICE).train()
+
+
+@cache
+def inputs(classes: int, batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, 224, 224, generator=generator)
+    return images.to(DEVICE), torch.randint(classes, (batch,), generator=generator).to(DEVICE)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def gradients(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def step(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    module.zero_grad(set_to_none=True)
+    logits = module(images)
+    F.cross_entropy(logits, labels).backward()
+    synchronize()
+    return logits.detach()
+
+
+@cache
+def gemm_peak() -> float:
+    """GFLOP/s of the product that dominates a ViT-B/16 step, (1576, 768) x (768, 3072), on this machine now."""
+    a, b = torch.randn(1576, 768, device=DEVICE), torch.randn(768, 3072, device=DEVICE)
+    best = 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronize()
+        best = max(best, 2 * 1576 * 768 * 3072 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def measure(benchmark, function, *, rounds: int, **info) -> None:  # type: ignore[no-untyped-def]
+    benchmark.extra_info.update(info, device=DEVICE, dtype="float32", gemm_peak_gflops=round(gemm_peak()))
+    benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("provider", ["truncated", "fast", "reference"])
+@pytest.mark.parametrize(("classes", "batch"), STEPS)
+def test_step(benchmark, provider: str, classes: int, batch: int) -> None:  # type: ignore[no-untyped-def]
+    """Forward, loss and backward of a training step."""
+    benchmark.group = f"step C={classes} B={batch}"
+    if provider == "reference" and classes > 100 and DEVICE == "cpu":
+        pytest.skip("the plain step of 1000 classes needs 40 GB")
+    images, labels = inputs(classes, batch)
+    module = model(provider, classes)
+    logits = step(module, images, labels)
+    if provider != "truncated":
+        anchor = model("truncated", classes)
+        assert relative_rms(logits, step(anchor, images, labels)) < CLOSE
+        assert relative_rms(gradients(module), gradients(anchor)) < CLOSE
+    measure(
+        benchmark,
+        lambda: step(module, images, labels),
+        rounds=4 if provider == "fast" or classes == 100 and provider != "reference" else 2,
+        provider=provider,
+    )
+
+
+@pytest.mark.parametrize("provider", ["truncated", "fast", "reference"])
+@pytest.mark.parametrize("classes", [100, pytest.param(1000, marks=pytest.mark.full)])
+def test_text_tower(benchmark, provider: str, classes: int) -> None:  # type: ignore[no-untyped-def]
+    """Prompts to class features and back."""
+    benchmark.group = f"text tower C={classes}"
+    # a plain text tower costs in proportion to its classes, and a tenth of 1000 fits
+    share = 10 if provider == "reference" and classes > 100 else 1
+    module = model(provider, classes // share)
+    weights = torch.linspace(-1, 1, 512, device=DEVICE)
+
+    def run() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        features = module.encode_text()
+        (features @ weights).sum().backward()
+        synchronize()
+        return features.detach()
+
+    if provider == "fast":
+        assert relative_rms(run(), model("truncated", classes).encode_text().detach()) < CLOSE
+    rounds = 2 if provider == "reference" else 5
+    measure(benchmark, run, rounds=rounds, provider=provider, share_of_classes=1 / share)
+
+
+@pytest.mark.parametrize("provider", ["fast", "reference"])
+@pytest.mark.parametrize("batch", [8])
+def test_vision_tower(benchmark, provider: str, batch: int) -> None:  # type: ignore[no-untyped-def]
+    """Prompts and images to image features and back to the prompts."""
+    benchmark.group = f"vision tower B={batch}"
+    images, _ = inputs(100, batch)
+    module = model(provider, 100)
+    weights = torch.linspace(-1, 1, 512, device=DEVICE)
+
+    def run() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        features = module.encode_image(images)
+        (features @ weights).sum().backward()
+        synchronize()
+        return features.detach()
+
+    if provider == "fast":
+        assert relative_rms(run(), model("truncated", 100).encode_image(images).detach()) < CLOSE
+    measure(benchmark, run, rounds=4, provider=provider)
+
+
+@pytest.mark.parametrize("provider", ["truncated", "fast"])
+def test_inference(benchmark, provider: str) -> None:  # type: ignore[no-untyped-def]
+    """Logits of 8 images over 100 classes in eval mode, as a user calls it again and again."""
+    benchmark.group = "inference C=100 B=8"
+    images, _ = inputs(100, 8)
+    module = model(provider, 100).eval()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            logits = module(images)
+        synchronize()
+        return logits
+
+    if provider == "fast":
+        with torch.no_grad():
+            assert relative_rms(run(), model("truncated", 100)(images)) < CLOSE
+    measure(benchmark, run, rounds=4, provider=provider)
+    module.train()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's high-water mark")
+@pytest.mark.parametrize(
+    ("provider", "classes"),
+    [
+        ("reference", 100),
+        ("truncated", 100),
+        ("fast", 100),
+        ("fast", 1000),
+        pytest.param("truncated", 1000, marks=pytest.mark.full),
+    ],
+)
+def test_peak_memory(benchmark, provider: str, classes: int) -> None:  # type: ignore[no-untyped-def]
+    """Peak memory of a step at batch 8 in a process of its own; the time is that of the whole process."""
+    benchmark.group = f"peak memory C={classes} B=8 (see extra_info)"
+    command = [sys.executable, str(Path(__file__).with_name("peak_memory.py")), provider, str(classes), "8"]
+
+    def run() -> dict[str, float]:
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    found = benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info.update(found, provider=provider)
+    assert found["process_mib"] > found["activations_mib"] > 0

@@ -1,0 +1,40 @@
+"""For all tests: deterministic torch, unwritten memory that shows as NaN, Triton's interpreter without a GPU."""
+
+import os
+import sys
+
+# one thread in each worker and in the processes that tests start: the shapes are too small for more, and threads that
+# wait for busy cores make the suite twenty times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hypothesis
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # triton reads it when it is imported, and its own helpers decorate then
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(1)
+# torch.empty and its kin are then filled with NaN (integers: the largest); operations without a deterministic form warn
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+hypothesis.settings.register_profile("deterministic", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)  # --hypothesis-profile explore: new examples each time
+hypothesis.settings.load_profile("deterministic")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The same random numbers whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """CLIP's byte-pair tokenizer, read once."""
+    from upt_fast.clip.tokens import clip_tokenizer
+
+    return clip_tokenizer()
