@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # what follows "make demo ARGS=..." goes to the command
 ARGS ?=
+# processes that run tests side by side
+JOBS ?= 2
 
 .PHONY: help setup demo test bench bench-full check clean
 
@@ -26,7 +28,7 @@ demo: setup
 	$(BIN)/upt-fast demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only -m "not full" $(ARGS)

@@ -189,7 +189,7 @@ def test_run_demo(tmp_path, capsys, tiny):
     from upt_fast import FastUPT
 
     run_dir = tmp_path / "run"
-    results = run_demo(run_dir, shots=(2,), seeds=(1,), steps=3, max_test_images=40, progress=False)
+    results = run_demo(run_dir, shots=(2,), seeds=(1,), epochs=2, max_test_images=40, progress=False)
     printed = capsys.readouterr().out
     names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
     assert {"results.json", "table.md", "accuracy.png", "samples.png"} <= names
@@ -215,7 +215,7 @@ def test_run_demo(tmp_path, capsys, tiny):
 
 
 def test_run_demo_repeats_itself(tmp_path):
-    options = {"shots": (1,), "seeds": (2,), "steps": 2, "max_test_images": 20, "progress": False}
+    options = {"shots": (1,), "seeds": (2,), "epochs": 2, "max_test_images": 20, "progress": False}
     first, second = (run_demo(tmp_path / name, **options) for name in "ab")
     assert first["upt"][0]["accuracy"] == second["upt"][0]["accuracy"]
     assert first["zero_shot"] == second["zero_shot"]
@@ -230,13 +230,13 @@ def test_interrupted_run_leaves_no_half_written_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(tmp_path, shots=(1,), seeds=(1,), steps=1, max_test_images=30, progress=False)
+        run_demo(tmp_path, shots=(1,), seeds=(1,), epochs=1, max_test_images=30, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "upt-1shot-seed1"}
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"shots": ()}, {"shots": (0,)}, {"seeds": (1, 1)}, {"steps": 0}, {"batch_size": 0}, {"max_test_images": 0}],
+    [{"shots": ()}, {"shots": (0,)}, {"seeds": (1, 1)}, {"epochs": 0}, {"batch_size": 0}, {"max_test_images": 0}],
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=r"got .*, wanted"):

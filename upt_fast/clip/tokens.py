@@ -79,8 +79,9 @@ def tokenize_classnames(
     ids = torch.as_tensor(tokenizer(texts, context_length=length + 1)).long()
     if ids.shape != (len(names), length + 1) or int(ids.max()) >= context.vocabulary or int(ids.min()) < 0:
         raise ValueError(
-            f"the tokenizer gave ids of shape {tuple(ids.shape)} from {int(ids.min())} to {int(ids.max())}; wanted "
-            f"shape {(len(names), length + 1)} and ids below {context.vocabulary}: pass the tokenizer that belongs to this CLIP"
+            f"the tokenizer gave ids of shape {tuple(ids.shape)} from {int(ids.min())} to {int(ids.max())}; "
+            f"wanted shape {(len(names), length + 1)} and ids below {context.vocabulary}: "
+            "pass the tokenizer that belongs to this CLIP"
         )
     end = end_rows(ids, context)
     for name, row in zip(names, end.tolist(), strict=True):
