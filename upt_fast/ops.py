@@ -287,7 +287,7 @@ class _AttentionCPU(torch.autograd.Function):
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, *heads, attended, lse, 0.0, False, scale=1.0
         )
-        dprefix = [None, None]
+        dprefix: list[Tensor | None] = [None, None]
         for i, d in enumerate((dk, dv)):
             if ctx.needs_input_grad[1 + i]:
                 dprefix[i] = _sum_by_set(d[:, :, : ctx.prefix].transpose(1, 2), set_index, ctx.sets)

@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,7 +169,7 @@ def draw_captions(count: int, rng: np.random.Generator) -> Captions:
     return Captions(texts, digit, ink)
 
 
-def encode_short_text(model: nn.Module, tokens: Tensor) -> Tensor:
+def encode_short_text(model: Any, tokens: Tensor) -> Tensor:
     """``model.encode_text`` without the padding: the causal tower never looks past the end-of-text token.
 
     Args:

@@ -68,7 +68,7 @@ class DemoConfig:
 
 @torch.no_grad()
 def zero_shot_logits(
-    clip_model: nn.Module,
+    clip_model: Any,
     tokenizer: Any,
     images: Tensor,
     classnames: Sequence[str],
@@ -120,9 +120,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved * uniform(0.8, 1.2, 1, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)
 
 
-def train_prompts(
-    model: nn.Module, images: Tensor, labels: Tensor, config: DemoConfig, seed: int, progress: str
-) -> None:
+def train_prompts(model: Any, images: Tensor, labels: Tensor, config: DemoConfig, seed: int, progress: str) -> None:
     """Train a model's prompts by SGD with one warm-up epoch and a cosine, the field's recipe.
 
     Args:
