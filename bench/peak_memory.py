@@ -39,7 +39,8 @@ def main(provider: str, classes: int, batch: int) -> dict[str, float]:
     before = status_mib("VmRSS")
     for _ in range(2):
         model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images), labels).backward()
+        loss = F.cross_entropy(model(images), labels)  # alive through the next forward, as in most training loops
+        loss.backward()
     peak = status_mib("VmHWM")
     return {"activations_mib": round(peak - before, 1), "process_mib": round(peak, 1)}
 

@@ -290,3 +290,24 @@ def test_gradients_of_gradients_are_refused(name):
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_a_loss_that_outlives_its_backward_holds_no_activations():
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    w1, b1 = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    w2, b2 = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    workspace = ops.Workspace(2)
+    y, blocks = x, []
+    for layer in range(2):
+        y = ops.mlp(y, w1, b1, w2, b2, 1e-5, "gelu", workspace=workspace, layer=layer)
+        blocks = [StorageWeakRef(block.untyped_storage()) for block in workspace._kept.values()]
+    workspace.end_forward()
+    loss = y.sum()
+    del y
+    assert blocks
+    assert not any(block.expired() for block in blocks)  # backward still needs them
+    loss.backward()
+    assert all(block.expired() for block in blocks)
+    assert loss.grad_fn is not None

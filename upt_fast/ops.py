@@ -88,6 +88,14 @@ class Workspace:
         # not a view: with a version counter of its own, so that writing the next layer's does not invalidate this one
         return like.new_empty(0).set_(row.untyped_storage(), row.storage_offset(), row.size(), row.stride())
 
+    def end_forward(self) -> None:
+        """Let go of the memory: from here on autograd's saved tensors hold it, and release it as backward goes.
+
+        A loss that outlives its backward, as in most training loops, keeps its graph and with it this object alive.
+        """
+        self._kept.clear()
+        self._scratch = None
+
 
 def mlp(
     x: Tensor,

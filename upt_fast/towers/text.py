@@ -82,6 +82,9 @@ class TextTower(nn.Module):
                     inner = inner + packed.rows[packed.inner_rows]
                 x = x.index_copy(0, packed.inner_rows.flatten(), inner.flatten(0, 1))
             x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed, workspace)
+        for space in (workspace, prefix_workspace):
+            if space is not None:
+                space.end_forward()
         return self.head(x)[packed.inverse]
 
     def _prefix(self, prompts: Tensor, packed: PackedClasses) -> tuple[Tensor, Tensor]:

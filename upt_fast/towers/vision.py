@@ -100,6 +100,8 @@ class VisionTower(nn.Module):
                 x = blocks.run(blocks.layer, i, x, prefix, set_index, workspace)
             else:
                 x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, workspace)
+        if workspace is not None:
+            workspace.end_forward()
         if self.pooling == "tok":
             return self.head(x[:, 0])
         return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
