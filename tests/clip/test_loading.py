@@ -180,3 +180,20 @@ def test_tiny_clip():
     model = FastUPT.from_loaded(loaded, ["zero", "one"])
     assert model.clip_name == TINY_CLIP_NAME
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("RN50", "ModifiedResNet"),
+        ("ViT-B-16-SigLIP", "TimmModel"),
+        ("roberta-ViT-B-32", "HFTextEncoder"),
+        ("coca_ViT-B-32", "CoCa"),
+    ],
+)
+def test_unsupported_architectures_are_refused_before_any_download(monkeypatch, name, part):
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: pytest.fail("weights were asked for"))
+    with pytest.raises(ValueError, match=rf"unsupported .*{part}.*supported: open_clip CLIP"):
+        load_clip(name, "openai")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from upt_fast.clip.open_clip import refuse
 from upt_fast.clip.tokens import Tokenizer
 
 TINY_CLIP_NAME = "tiny-digits"
@@ -92,6 +93,7 @@ def _check_names(name: str, pretrained: str | None, open_clip: Any) -> None:
     if name.replace("/", "-") not in models:
         close = difflib.get_close_matches(name, models, n=4, cutoff=0.5) or ["ViT-B-32", "ViT-B-16", "ViT-L-14"]
         raise ValueError(f"unknown CLIP model {name!r}; did you mean {', '.join(close)} or {TINY_CLIP_NAME}?")
+    _check_architecture(open_clip.get_model_config(name.replace("/", "-")) or {})
     tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
     if pretrained is None:
         raise ValueError(
@@ -101,3 +103,18 @@ def _check_names(name: str, pretrained: str | None, open_clip: Any) -> None:
         raise ValueError(
             f"pretrained={pretrained!r} is no file and no tag of {name!r}; its tags: {', '.join(tags) or 'none'}"
         )
+
+
+def _check_architecture(config: dict[str, Any]) -> None:
+    """Refuse what the adapter would refuse, before its weights are downloaded."""
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    if vision.get("timm_model_name"):
+        refuse("image tower", f"TimmModel ({vision['timm_model_name']})")
+    if isinstance(vision.get("layers"), (list, tuple)):
+        refuse("image tower", "ModifiedResNet")
+    if text.get("hf_model_name"):
+        refuse("text tower", f"HFTextEncoder ({text['hf_model_name']})")
+    if "multimodal_cfg" in config:
+        refuse("model", "CoCa")
+    if text.get("no_causal_mask"):
+        refuse("text tower", "TextTransformer is not causal: its prompts cannot be shared between classes")
