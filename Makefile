@@ -31,10 +31,10 @@ test: setup
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest bench/ --benchmark-only -m "not full" $(ARGS)
+	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
 
 bench-full: setup
-	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest bench/ --benchmark-only -m "full or not full" $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
