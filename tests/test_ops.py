@@ -11,6 +11,7 @@ from upt_fast import dispatch, ops
 from upt_fast.layout import PackedLayout
 from upt_fast.reference import ops as reference
 from upt_fast.testing import relative_rms
+from upt_fast.workspace import Workspace
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float32"])
@@ -67,6 +68,14 @@ def test_activations_differ():
     u = randn(100, grad=False)
     results = [ops.activation(u, kind) for kind in KINDS]
     assert min(float((a - b).abs().max()) for a, b in zip(results, results[1:] + results[:1], strict=True)) > 1e-4
+
+
+@DTYPES
+@pytest.mark.parametrize("lead", [(1,), (7,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_linear(lead, bias, dtype):
+    x, weight = randn(*lead, 10, dtype=dtype), randn(6, 10, dtype=dtype, grad=False)
+    compare("linear", [x, weight, *([randn(6, dtype=dtype, grad=False)] if bias else [])])
 
 
 @DTYPES
@@ -134,7 +143,7 @@ def test_mlp_recompute_saves_no_hidden_features():
 def test_mlps_that_share_a_workspace(rows, recompute):
     """Layer after layer, whose numbers of rows change as prompts become rows, then backward through all."""
     x, weights, results = randn(7, 8), [frozen_mlp(8, 11) for _ in rows], []
-    for f, options in ((ops.mlp, {"workspace": ops.Workspace(len(rows))}), (reference.mlp, {})):
+    for f, options in ((ops.mlp, {"workspace": Workspace(len(rows))}), (reference.mlp, {})):
         y = []
         for layer, (count, weight) in enumerate(zip(rows, weights, strict=True)):
             where = {"layer": layer} if options else {}
@@ -290,24 +299,3 @@ def test_gradients_of_gradients_are_refused(name):
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-def test_a_loss_that_outlives_its_backward_holds_no_activations():
-    from torch.multiprocessing.reductions import StorageWeakRef
-
-    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    w1, b1 = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    w2, b2 = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    workspace = ops.Workspace(2)
-    y, blocks = x, []
-    for layer in range(2):
-        y = ops.mlp(y, w1, b1, w2, b2, 1e-5, "gelu", workspace=workspace, layer=layer)
-        blocks = [StorageWeakRef(block.untyped_storage()) for block in workspace._kept.values()]
-    workspace.end_forward()
-    loss = y.sum()
-    del y
-    assert blocks
-    assert not any(block.expired() for block in blocks)  # backward still needs them
-    loss.backward()
-    assert all(block.expired() for block in blocks)
-    assert loss.grad_fn is not None

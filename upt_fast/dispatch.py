@@ -10,7 +10,16 @@ import os
 from collections.abc import Callable
 
 AUTO = "auto"
-OPS = ("layer_norm", "activation", "linear_residual", "mlp", "attention", "prefix_attention", "packed_attention")
+OPS = (
+    "layer_norm",
+    "activation",
+    "linear",
+    "linear_residual",
+    "mlp",
+    "attention",
+    "prefix_attention",
+    "packed_attention",
+)
 
 # backend -> reasons why it cannot run here (none: it can), in order of preference
 BACKENDS: dict[str, Callable[[], list[str]]] = {

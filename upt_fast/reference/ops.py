@@ -23,6 +23,11 @@ def activation(u: Tensor, kind: str) -> Tensor:
     return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b."""
+    return x @ weight.t() if bias is None else x @ weight.t() + bias
+
+
 def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x + y W^T + b."""
     return x + (y @ weight.t() + bias)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from upt_fast import ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
+from upt_fast.workspace import MemoryPool, Workspace
 
 QUICK_GELU_SLOPE = 1.702
 MEMORY_LEVELS = ("fast", "balanced", "lean")
@@ -58,6 +59,7 @@ class FrozenBlocks(nn.Module):
         super().__init__()
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
+        self._pool = MemoryPool()
         self.eps_1 = tuple(b.ln_1.eps for b in blocks)
         self.eps_2 = tuple(b.ln_2.eps for b in blocks)
         folded = [_fold_block(b, num_heads, activation, dtype) for b in blocks]
@@ -87,7 +89,7 @@ class FrozenBlocks(nn.Module):
         return ops.qkv(h, self.qkv_weight[i], self.q_bias[i], self.num_heads, h_q)
 
     def layer(
-        self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: ops.Workspace | None
+        self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: Workspace | None
     ) -> Tensor:
         """All of layer i for sequences that see [shared prefix ; own rows].
 
@@ -123,7 +125,7 @@ class FrozenBlocks(nn.Module):
         kv = torch.bmm(h.reshape(depth, sets * length, width), weight.transpose(1, 2))
         return kv.view(depth, sets, length, 2, self.num_heads, width // self.num_heads)
 
-    def finish(self, i: int, x: Tensor, attended: Tensor, workspace: ops.Workspace | None) -> Tensor:
+    def finish(self, i: int, x: Tensor, attended: Tensor, workspace: Workspace | None) -> Tensor:
         """The rest of layer i: output projection, residual, MLP, residual.
 
         Args:
@@ -134,15 +136,20 @@ class FrozenBlocks(nn.Module):
         x = ops.linear_residual(x, attended.flatten(-2), self.out_weight[i], self.out_bias[i])
         return self.mlp(i, x, workspace)
 
-    def mlp(self, i: int, x: Tensor, workspace: ops.Workspace | None) -> Tensor:
+    def mlp(self, i: int, x: Tensor, workspace: Workspace | None) -> Tensor:
         """The MLP of layer i with its residual, for rows (..., D)."""
         weights = (self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i])
         recompute = self.memory == "balanced"
         return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=recompute, workspace=workspace, layer=i)
 
-    def workspace(self) -> ops.Workspace | None:
+    def workspace(self, label: str = "rows") -> Workspace | None:
         """Memory for one pass through the layers; None where backward recomputes them, in an order of its own."""
-        return None if self.memory == "lean" else ops.Workspace(self.num_layers - 1)
+        return None if self.memory == "lean" else Workspace(self.num_layers - 1, self._pool, label)
+
+    def train(self, mode: bool = True) -> FrozenBlocks:
+        if not mode:
+            self._pool.clear()
+        return super().train(mode)
 
     def run(self, layer, *args):  # type: ignore[no-untyped-def]
         """Call layer(*args), recomputed in backward where ``memory="lean"`` asks for it."""

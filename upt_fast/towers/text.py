@@ -16,6 +16,7 @@ from upt_fast.clip.tokens import ClassTokens
 from upt_fast.layout import PackedLayout
 from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
 from upt_fast.towers.packing import PackedClasses
+from upt_fast.workspace import Workspace
 
 
 class TextTower(nn.Module):
@@ -71,7 +72,7 @@ class TextTower(nn.Module):
         depth, shared = len(prompts), packed.num_shared
         prefix_rows, prompt_kv = self._prefix(prompts[:, :, :shared], packed)
         x, workspace = packed.rows, blocks.workspace()
-        prefix_workspace = blocks.workspace()
+        prefix_workspace = blocks.workspace("prompts")
         for i in range(blocks.num_layers):
             prefix_kv = prompt_kv[i] if i < depth else self._propagated_kv(i, prefix_rows, packed)
             if depth - 1 <= i < last and shared:
@@ -106,7 +107,7 @@ class TextTower(nn.Module):
         assert packed.sos_kv is not None
         return ops.prepend_rows(packed.sos_kv[i, None, None], self.blocks.prompt_kv(rows[None], first=i)[0])
 
-    def _prefix_layer(self, i: int, rows: Tensor, packed: PackedClasses, workspace: ops.Workspace | None) -> Tensor:
+    def _prefix_layer(self, i: int, rows: Tensor, packed: PackedClasses, workspace: Workspace | None) -> Tensor:
         """Layer i for the propagating prompt rows (S, P, d), causal behind the start token."""
         assert packed.sos_kv is not None
         sets, length, _ = rows.shape
@@ -117,7 +118,7 @@ class TextTower(nn.Module):
         return self.blocks.finish(i, rows, attended, workspace)
 
     def _layer(
-        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: ops.Workspace | None
+        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: Workspace | None
     ) -> Tensor:
         if i == 0 and packed.first_qkv is not None:
             q, k, v = packed.first_qkv
@@ -128,7 +129,7 @@ class TextTower(nn.Module):
         return self.blocks.finish(i, x, attended, workspace)
 
     def _last_layer(
-        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: ops.Workspace | None
+        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: Workspace | None
     ) -> Tensor:
         rows = x[packed.last_rows]
         q, k, v = self.blocks.qkv(i, x, query_rows=rows)

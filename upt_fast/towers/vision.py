@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from upt_fast import ops
 from upt_fast.clip.frozen import FrozenVision
 from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
+from upt_fast.workspace import Workspace
 
 
 class VisionTower(nn.Module):
@@ -113,7 +114,7 @@ class VisionTower(nn.Module):
         prefix: Tensor | None,
         set_index: Tensor | None,
         first_row: int,
-        workspace: ops.Workspace | None,
+        workspace: Workspace | None,
     ) -> Tensor:
         """Layer i for the pooled rows: the class token's, or all patches'."""
         pooled = slice(first_row, first_row + 1) if self.pooling == "tok" else slice(first_row + 1, None)
