@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +67,34 @@ def load_clip(
     try:
         # the tag knows its activation; open_clip only warns where the architecture's default is another
         tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else None
-        model = open_clip.create_model(
-            name,
-            pretrained=pretrained,
-            precision=precision,
-            device=device,
-            force_quick_gelu=bool((tag or {}).get("quick_gelu")),
-            cache_dir=cache_dir,
-            require_pretrained=True,
-        )
-        tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+        with _quiet_retries():
+            model = open_clip.create_model(
+                name,
+                pretrained=pretrained,
+                precision=precision,
+                device=device,
+                force_quick_gelu=bool((tag or {}).get("quick_gelu")),
+                cache_dir=cache_dir,
+                require_pretrained=True,
+            )
+            tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
         preprocess_cfg = dict(open_clip.get_model_preprocess_cfg(model))
     except Exception as error:  # hub clients, torch and open_clip raise many kinds; the user needs the one reason
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"could not load {name!r} with pretrained={pretrained!r}: {reason}") from error
     return LoadedCLIP(model.eval(), tokenizer, preprocess_cfg, name, pretrained)
+
+
+@contextlib.contextmanager
+def _quiet_retries() -> Iterator[None]:
+    """Without the hub client's line for each attempt: one message says what failed in the end."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_names(name: str, pretrained: str | None, open_clip: Any) -> None:
