@@ -45,6 +45,7 @@ from upt_fast.train.checkpoint import (
 )
 from upt_fast.train.config import TrainConfig, check_device_name
 from upt_fast.train.evaluation import Evaluation, evaluate, labels_for_model, to_device
+from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.schedule import WarmupCosineLR
 
 if TYPE_CHECKING:
@@ -332,11 +333,11 @@ class _Trainer:
             disable=shown,
             smoothing=0.05,
         )
-        with writer or contextlib.nullcontext(), bar:
+        with InterruptBetweenSteps() as interrupt, writer or contextlib.nullcontext(), bar:
             for epoch in range(self.state.epoch, self.config.epochs):
                 started = time.perf_counter()
                 lr = self.optimizer.param_groups[0]["lr"]
-                loss, accuracy = self._train_epoch(epoch, lr, bar)
+                loss, accuracy = self._train_epoch(epoch, lr, bar, interrupt)
                 record: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, "loss": loss, "accuracy": accuracy}
                 metric = -loss
                 if self.data.val is not None:
@@ -345,10 +346,13 @@ class _Trainer:
                     metric = val.accuracy
                 self._end_epoch(record, metric, steps, started, writer)
                 self.schedule.step()
+                interrupt.check()
                 if bar.disable:
                     logger.info("epoch %s", ", ".join(f"{key} {_short(value)}" for key, value in record.items())[6:])
 
-    def _train_epoch(self, epoch: int, lr: float, bar: tqdm[Any]) -> tuple[float, float]:
+    def _train_epoch(
+        self, epoch: int, lr: float, bar: tqdm[Any], interrupt: InterruptBetweenSteps
+    ) -> tuple[float, float]:
         """One pass over the images; returns mean loss and accuracy of the images seen."""
         torch.manual_seed(derive_seed(self.config.seed, epoch))
         self.sampler.epoch = epoch
@@ -361,6 +365,7 @@ class _Trainer:
             loss.backward()
             self.optimizer.step()
             meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
+            interrupt.check()
         meter.flush()
         if bad := [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]:
             raise TrainingDivergedError(
