@@ -7,15 +7,16 @@ ARGS ?=
 # processes that run tests side by side
 JOBS ?= 2
 
-.PHONY: help setup demo test bench bench-full check clean
+.PHONY: help setup demo test bench bench-full check kernel-report clean
 
 help:
-	@echo "make setup       virtual environment in $(VENV) with the pinned packages"
-	@echo "make demo        adapt a small CLIP to handwritten digits in a new domain, in under three minutes"
-	@echo "make test        the test suite"
-	@echo "make bench       benchmarks, default selection (about ten minutes)"
-	@echo "make bench-full  all benchmarks"
-	@echo "make check       ruff and mypy"
+	@echo "make setup          virtual environment in $(VENV) with the pinned packages"
+	@echo "make demo           adapt a small CLIP to handwritten digits in a new domain, in under three minutes"
+	@echo "make test           the test suite"
+	@echo "make bench          benchmarks, default selection (about ten minutes)"
+	@echo "make bench-full     all benchmarks"
+	@echo "make check          ruff and mypy"
+	@echo "make kernel-report  registers, spills and shared memory of every kernel; needs no GPU"
 
 setup: $(VENV)/.installed
 
@@ -40,6 +41,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernel-report: setup
+	$(BIN)/python -m upt_fast.kernels.report $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upt_fast import dispatch, ops
-from upt_fast.layout import PackedLayout
+from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference
 from upt_fast.testing import relative_rms
 from upt_fast.workspace import Workspace
@@ -27,18 +27,19 @@ def is_float(t: torch.Tensor | None) -> bool:
 
 
 def backward(f, inputs, args, weights):
-    """f's output and the gradients of its inputs."""
+    """f's outputs and the gradients of its inputs, and the weights of the outputs."""
     leaves = [t for t in inputs if is_float(t) and t.requires_grad]
     y = f(*inputs, *args)
-    weights = torch.randn_like(y) if weights is None else weights
-    return [y, *torch.autograd.grad(y, leaves, weights)], weights
+    y = y if isinstance(y, tuple) else (y,)
+    weights = [torch.randn_like(t) for t in y] if weights is None else weights
+    return [*y, *torch.autograd.grad(y, leaves, weights, materialize_grads=True)], weights
 
 
 def compare(name: str, inputs, *args) -> None:
     """upt_fast.ops.<name> equals upt_fast.reference.ops.<name> in float64 on the same inputs, forward and backward."""
     got, weights = backward(getattr(ops, name), inputs, args, None)
     exact = [t.detach().double().requires_grad_(t.requires_grad) if is_float(t) else t for t in inputs]
-    wanted, _ = backward(getattr(reference, name), exact, args, weights.double())
+    wanted, _ = backward(getattr(reference, name), exact, args, [w.double() for w in weights])
     dtype = inputs[0].dtype
     for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
         assert g.dtype == dtype
@@ -47,7 +48,7 @@ def compare(name: str, inputs, *args) -> None:
 
 def test_every_op_has_a_twin():
     public = {n for n, f in vars(ops).items() if isfunction(f) and f.__module__ == ops.__name__ and n[0] != "_"}
-    assert set(dispatch.OPS) <= public
+    assert set(dispatch.OPS) - {"prompt_transform"} <= public  # the learner's own modules are that one's plain form
     assert public <= vars(reference).keys()
 
 
@@ -59,9 +60,81 @@ def test_layer_norm(shape, eps, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [(1, 5), (7, 33), (2, 3, 7, 16), (0, 4)], ids=str)
+@pytest.mark.parametrize("constant", [None, "x", "y"])
+def test_add_layer_norm(shape, constant, dtype):
+    compare("add_layer_norm", [randn(*shape, dtype=dtype, grad=name != constant) for name in "xy"], 1e-5)
+
+
+def test_add_layer_norm_gradcheck():
+    assert torch.autograd.gradcheck(lambda x, y: ops.add_layer_norm(x, y, 1e-5), [randn(2, 3, 4), randn(2, 3, 4)])
+
+
+def test_add_layer_norm_leaves_its_inputs():
+    inputs = [randn(3, 4, grad=False) for _ in "xy"]
+    copies = [t.clone() for t in inputs]
+    s, _ = ops.add_layer_norm(*inputs, 1e-5)
+    assert all(map(torch.equal, inputs, copies))
+    assert s.data_ptr() not in [t.data_ptr() for t in inputs]
+
+
+def with_reserved_rows(P, *shape, dtype=torch.float64):
+    """A stream whose first P rows hold what nobody may read."""
+    x = randn(*shape, dtype=dtype, grad=False)
+    x[:, :P] = float("nan")
+    return x.requires_grad_()
+
+
+STREAMS = {
+    "shared": (5, 6, 3, None),
+    "one_image": (1, 2, 1, None),
+    "no_prompts": (2, 3, 0, None),
+    "unused_set": (5, 6, 2, [2, 0, 2, 2, 0]),
+    "per_image": (4, 5, 2, [0, 1, 2, 3]),
+    "no_images": (0, 5, 2, None),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize(("B", "T", "P", "index"), STREAMS.values(), ids=STREAMS)
+def test_prompt_insert(B, T, P, index, residual, dtype):
+    x, y = (with_reserved_rows(P, B, T, 7, dtype=dtype) for _ in "xy")
+    prompts = randn(1 if index is None else 1 + max(index), P, 7, dtype=dtype)
+    index = None if index is None else torch.tensor(index)
+    compare("prompt_insert", [x, y if residual else None, prompts, index], 1e-5)
+
+
+def test_prompt_insert_of_a_constant_stream():
+    """As in layer 0, where only the prompts have a gradient."""
+    x, y = (with_reserved_rows(2, 3, 5, 7).detach() for _ in "xy")
+    compare("prompt_insert", [x, y, randn(2, 2, 7), torch.tensor([1, 0, 1])], 1e-5)
+
+
+def test_prompt_insert_gradcheck():
+    index = torch.tensor([1, 0, 1])
+    inputs = [randn(3, 4, 3), randn(3, 4, 3), randn(2, 2, 3)]
+    assert torch.autograd.gradcheck(lambda x, y, p: ops.prompt_insert(x, y, p, index, 1e-3), inputs)
+
+
+@DTYPES
 @pytest.mark.parametrize("kind", KINDS)
-def test_activation(kind, dtype):
-    compare("activation", [(3 * randn(5, 17, dtype=dtype)).detach().requires_grad_()], kind)
+@pytest.mark.parametrize("bias", [None, True, False], ids=["plain", "bias", "constant_bias"])
+def test_activation(bias, kind, dtype):
+    u = (3 * randn(5, 17, dtype=dtype)).detach().requires_grad_()
+    compare("activation", [u], kind) if bias is None else compare_with_bias(u, randn(17, dtype=dtype, grad=bias), kind)
+
+
+def compare_with_bias(u, bias, kind):
+    results = []
+    for f, inputs in ((ops.activation, [u, bias]), (reference.activation, [t.detach().double() for t in (u, bias)])):
+        leaves = [t.requires_grad_(own.requires_grad) for t, own in zip(inputs, (u, bias), strict=True)]
+        y = f(inputs[0], kind, inputs[1])
+        grads = torch.autograd.grad(y.sin().sum(), [t for t in leaves if t.requires_grad])
+        results.append([y, *grads])
+    for got, wanted in zip(*results, strict=True):
+        assert got.dtype == u.dtype
+        assert relative_rms(got, wanted) <= TOLERANCES[u.dtype]
 
 
 def test_activations_differ():
@@ -159,9 +232,9 @@ def test_mlp_in_half_precision(dtype):
     x = randn(64, 32)
     exact = [t.detach().to(dtype).double().requires_grad_(t.requires_grad) for t in (x, *weights)]
     half = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in exact]
-    wanted, w = backward(reference.mlp, exact, (1e-5, "quick_gelu"), None)
-    got, _ = backward(ops.mlp, half, (1e-5, "quick_gelu"), w.to(dtype))
-    plain, _ = backward(reference.mlp, half, (1e-5, "quick_gelu"), w.to(dtype))
+    wanted, (w,) = backward(reference.mlp, exact, (1e-5, "quick_gelu"), None)
+    got, _ = backward(ops.mlp, half, (1e-5, "quick_gelu"), [w.to(dtype)])
+    plain, _ = backward(reference.mlp, half, (1e-5, "quick_gelu"), [w.to(dtype)])
     for g, p, t in zip(got, plain, wanted, strict=True):
         assert relative_rms(g, t) <= 1.1 * relative_rms(p, t)
         assert relative_rms(g, t) <= 5e-3 if dtype == torch.float16 else 4e-2
@@ -267,8 +340,8 @@ def test_packed_attention_in_half_precision_sums_in_float32(dtype):
     layout = PackedLayout((((4, 6),),))
     half = [t.detach().to(dtype).requires_grad_() for t in packed_inputs(layout, False, 64, K=16)]
     exact = [t.detach().double().requires_grad_() for t in half]
-    got, w = backward(ops.packed_attention, half, (layout,), None)
-    wanted, _ = backward(reference.packed_attention, exact, (layout,), w.double())
+    got, (w,) = backward(ops.packed_attention, half, (layout,), None)
+    wanted, _ = backward(reference.packed_attention, exact, (layout,), [w.double()])
     rounded = [t.to(dtype) for t in wanted]  # what cannot be avoided
     for g, r, t in zip(got, rounded, wanted, strict=True):
         assert g.dtype == dtype
@@ -284,6 +357,78 @@ def test_packed_attention_does_not_see_later_rows_or_other_classes():
         inputs[4][1] += 1.0  # the second set's prefix
     changed = (ops.packed_attention(*inputs, layout) - before).abs().amax((1, 2)) > 1e-9
     assert changed.tolist() == [False, False, True, False, False, False, True, True, True]
+
+
+@DTYPES
+@pytest.mark.parametrize("P", [0, 1, 3])
+@pytest.mark.parametrize("runs", [*LAYOUTS.values(), (((2, 2),), (), ((3, 1),))], ids=[*LAYOUTS, "unused_set"])
+def test_insert_shared(runs, P, dtype):
+    layout = PackedLayout(runs)
+    inputs = [randn(layout.num_rows, 2, 3, dtype=dtype), randn(len(runs), P, 2, 3, dtype=dtype)]
+    compare("insert_shared", inputs, BufferPlaces.of(layout, P))
+
+
+@pytest.mark.parametrize("constant", ["own", "shared"])
+def test_insert_shared_of_a_constant(constant):
+    places = BufferPlaces.of(PackedLayout(LAYOUTS["sets"]), 2)
+    compare("insert_shared", [randn(18, 3, grad=constant != "own"), randn(3, 2, 3, grad=constant != "shared")], places)
+
+
+def test_insert_shared_gradcheck():
+    places = BufferPlaces.of(PackedLayout((((1, 1), (2, 2)), ((1, 3),))), 2)
+    assert torch.autograd.gradcheck(lambda *t: ops.insert_shared(*t, places), [randn(8, 2), randn(2, 2, 2)])
+
+
+@DTYPES
+@pytest.mark.parametrize(("Q", "L"), [(1, 1), (1, 6), (5, 5), (2, 7)], ids=str)
+def test_stream_attention(Q, L, dtype):
+    compare("stream_attention", [randn(3, n, 2, 5, dtype=dtype) for n in (Q, L, L)])
+
+
+def test_stream_attention_gradcheck():
+    assert torch.autograd.gradcheck(ops.stream_attention, [randn(2, n, 2, 3) for n in (1, 2, 2)])
+
+
+def buffer_inputs(layout, last_only, P, H=2, K=3, dtype=torch.float64):
+    keys = layout.num_rows + P * layout.num_classes
+    queries = layout.num_classes if last_only else layout.num_rows
+    return [randn(n, H, K, dtype=dtype) for n in (queries, keys, keys)]
+
+
+@DTYPES
+@pytest.mark.parametrize("last_only", [False, True], ids=["all_rows", "last_rows"])
+@pytest.mark.parametrize("P", [0, 1, 5])
+@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
+def test_buffer_attention(runs, P, last_only, dtype):
+    layout = PackedLayout(runs)
+    compare("buffer_attention", buffer_inputs(layout, last_only, P, dtype=dtype), layout, P)
+
+
+@pytest.mark.parametrize("last_only", [False, True], ids=["all_rows", "last_rows"])
+def test_buffer_attention_gradcheck(last_only):
+    layout = PackedLayout((((1, 1), (2, 2)), ((1, 3),)))
+    inputs = buffer_inputs(layout, last_only, 2, H=1, K=2)
+    assert torch.autograd.gradcheck(lambda *t: ops.buffer_attention(*t, layout, 2), inputs)
+
+
+@pytest.mark.parametrize("last_only", [False, True], ids=["all_rows", "last_rows"])
+@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
+def test_buffer_attention_is_packed_attention(runs, last_only):
+    """Of shared rows that insert_shared put in front of each class's own."""
+    layout = PackedLayout(runs)
+    q, k, v, prefix_k, prefix_v = packed_inputs(layout, last_only, 2)
+    places = BufferPlaces.of(layout, 2)
+    buffers = [ops.insert_shared(own, shared, places) for own, shared in ((k, prefix_k), (v, prefix_v))]
+    wanted = ops.packed_attention(q, k, v, prefix_k, prefix_v, layout)
+    assert relative_rms(ops.buffer_attention(q, *buffers, layout, 2), wanted) <= 1e-12
+
+
+@DTYPES
+@pytest.mark.parametrize("ranges", [None, [[0, 5], [5, 7], [6, 7], [0, 5]]], ids=["all_classes", "own_classes"])
+def test_contrastive_loss(ranges, dtype):
+    labels = torch.tensor([4, 1, 0, 2])
+    ranges = None if ranges is None else torch.tensor(ranges)
+    compare("contrastive_loss", [3 * randn(4, 9, dtype=dtype), randn(7, 9, dtype=dtype)], 14.3, labels, ranges)
 
 
 @pytest.mark.parametrize("name", ["mlp", "prepend_rows", "packed_attention"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast import FastUPT, ReferenceUPT, ops, workspace
+from upt_fast import FastUPT, ReferenceUPT, functions, ops, workspace
 from upt_fast.testing import random_clip, relative_rms
 from upt_fast.workspace import MemoryPool, Workspace, pieces
 
@@ -124,7 +124,7 @@ def gradients(model, images):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
 def test_small_pieces_change_nothing(monkeypatch, dtype, tolerance):
     monkeypatch.setattr(workspace, "PIECE_BYTES", 300)
-    monkeypatch.setattr(ops, "PRODUCT_PIECE_BYTES", 700)
+    monkeypatch.setattr(functions, "PRODUCT_PIECE_BYTES", 700)
     fast, reference, clip = models(dtype)
     images = torch.randn(5, 3, *clip.visual.image_size, dtype=dtype)
     for got, wanted in zip(gradients(fast, images), gradients(reference, images), strict=True):

@@ -22,13 +22,15 @@ def collect() -> dict[str, Any]:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
-    backends = {name: reasons() for name, reasons in dispatch.BACKENDS.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     requested = os.environ.get("UPT_FAST_BACKEND", "")
+    ops, problem = {}, ""
     try:
-        chosen: str | None = dispatch.resolve()
-        problem = ""
+        for op in dispatch.OPS:
+            chosen, refused = dispatch.explain(op, device)
+            ops[op] = {"backend": chosen, "refused": refused}
     except ValueError as error:
-        chosen, problem = None, str(error)
+        problem = str(error)
     return {
         "upt_fast": __version__,
         "python": platform.python_version(),
@@ -38,7 +40,7 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "UPT_FAST_BACKEND": requested,
         "problem": problem,
-        "ops": {op: {"backend": chosen, "refused": {b: r for b, r in backends.items() if r}} for op in dispatch.OPS},
+        "ops": ops,
     }
 
 
@@ -63,7 +65,7 @@ def main_info(as_json: bool = False) -> int:
     if found["problem"]:
         print(f"error: {found['problem']}")
     for op, choice in found["ops"].items():
-        print(f"op {op}: {choice['backend'] or 'none'}")
+        print(f"op {op}: {choice['backend']}")
         for backend, reasons in choice["refused"].items():
             print(f"    not {backend}: {'; '.join(reasons)}")
     return 1 if found["problem"] else 0

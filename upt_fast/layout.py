@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,3 +26,28 @@ class PackedLayout:
     @property
     def num_rows(self) -> int:
         return sum(count * length for runs in self.sets for count, length in runs)
+
+
+class BufferPlaces(NamedTuple):
+    """Where packed rows and shared rows lie in a buffer [shared rows of its set ; own rows] for each of C classes."""
+
+    source: Tensor  # (N + C P,) int64: for each buffer row the own row, or -1 - (set * P + shared row)
+    own_rows: Tensor  # (N,) int64: for each own row its buffer row
+    first_rows: Tensor  # (C,) int64: for each class its first buffer row
+    bounds: Tensor  # (S + 1,) int64: classes bounds[s] ... bounds[s + 1] - 1 are set s's
+
+    @classmethod
+    def of(cls, layout: PackedLayout, prefix: int) -> BufferPlaces:
+        """The places for P = prefix shared rows in front of every class."""
+        source: list[int] = []
+        own_rows: list[int] = []
+        first_rows, bounds = [], [0]
+        for s, runs in enumerate(layout.sets):
+            for length in (length for count, length in runs for _ in range(count)):
+                first_rows.append(len(source))
+                source += [-1 - (s * prefix + p) for p in range(prefix)]
+                first_own = len(own_rows)
+                own_rows += range(len(source), len(source) + length)
+                source += range(first_own, first_own + length)
+            bounds.append(len(first_rows))
+        return cls(*(torch.tensor(t, dtype=torch.int64) for t in (source, own_rows, first_rows, bounds)))

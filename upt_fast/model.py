@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import dispatch
+from upt_fast import dispatch, ops
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip
@@ -46,7 +46,8 @@ class FastPromptedCLIP(nn.Module):
         tokenizer: open_clip's tokenizer of this CLIP; None: CLIP's byte-pair tokenizer.
         dtype: dtype of the frozen towers; None: the CLIP's own.
         memory: "fast", "balanced" or "lean": what backward keeps and what it recomputes (towers/blocks.py).
-        backend: "auto", or the backend that every op must use ("torch").
+        backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
+            "triton,xformers", which never fall back (upt_fast/dispatch.py).
     Raises:
         ValueError: bad option, class name or model.
     """
@@ -72,14 +73,16 @@ class FastPromptedCLIP(nn.Module):
         self.backend = dispatch.resolve(backend)
         self.tokenizer, self.n_text, self.class_token_position = tokenizer, n_text, class_token_position
         self.text_context = clip.text.context
-        self.text_tower = TextTower(clip.text, dtype, memory)
-        self.vision_tower = VisionTower(clip.vision, dtype, memory)
+        self.text_tower = TextTower(clip.text, dtype, memory, self.backend)
+        self.vision_tower = VisionTower(clip.vision, dtype, memory, self.backend)
         # scalars stay in single precision beside half-precision towers, as the learner does
         scalars = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
         self.prompt_learner = prompt_learner
+        if hasattr(prompt_learner, "backend"):
+            object.__setattr__(prompt_learner, "backend", self.backend)  # a plain attribute, past nn.Module's types
         self.prompt_learner.to(clip.device, torch.float64 if dtype == torch.float64 else torch.float32)
         self._text_cache: tuple[list[Tensor], Tensor] | None = None
         self.set_classnames(classnames)
@@ -133,6 +136,20 @@ class FastPromptedCLIP(nn.Module):
         logits = self.logit_scale.exp() * self._encode_image(images, prompts) @ text_features.t()
         return logits if self.logit_bias is None else logits + self.logit_bias
 
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of :meth:`forward`'s logits, without storing them where a kernel computes it.
+
+        Args:
+            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
+            labels: (B,) int64, indices of the class names.
+        Returns:
+            (), float32 (float64 in a float64 CLIP).
+        """
+        prompts = self.prompt_learner()
+        classes = self._class_features(prompts)
+        features = self._encode_image(images, prompts, normalize=False)
+        return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self.backend).mean()
+
     def _encode_image(self, images: Tensor, prompts: Prompts, normalize: bool = True) -> Tensor:
         features = self.vision_tower(images, prompts.visual)
         return F.normalize(features, dim=-1) if normalize else features
@@ -167,7 +184,7 @@ class FastUPT(FastPromptedCLIP):
         config: all of UPT's options at once, instead of the keywords.
         dtype: dtype of the frozen towers; None: clip_model's.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
-        backend: "auto" or the name of one backend.
+        backend: "auto", "torch", "triton", "xformers" or "triton,xformers" (upt_fast/dispatch.py).
         options: the fields of :class:`UPTConfig`: preset, n_text, n_visual, depth_text, depth_vision,
             class_token_position, attention_heads, dropout.
     Raises:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upt_fast import memory_efficient
 from upt_fast.config import UPTConfig
 from upt_fast.files import load_safetensors
 from upt_fast.model import FastUPT
@@ -41,6 +43,29 @@ def max_error(got: Tensor, wanted: Tensor) -> float:
         return 0.0
     error = float((got - wanted).abs().max())
     return float("inf") if error != error else error / max(1.0, float(wanted.abs().max()))
+
+
+@contextlib.contextmanager
+def xformers_on_cpu() -> Iterator[list[str]]:
+    """Let the xformers route run on a CPU: exact attention in the place of xformers' own, under its bias objects.
+
+    Yields:
+        the name of each call's bias class, as calls come.
+    """
+    calls: list[str] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+        calls.append(type(bias).__name__)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, K)
+        mask = None if bias is None else bias.materialize((q.shape[2], k.shape[2]), dtype=q.dtype, device=q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)
+
+    kept = memory_efficient.devices, memory_efficient.call
+    memory_efficient.devices, memory_efficient.call = ("cuda", "cpu"), attend
+    try:
+        yield calls
+    finally:
+        memory_efficient.devices, memory_efficient.call = kept
 
 
 def random_clip(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upt_fast import dispatch
 from upt_fast.config import UPTConfig
 
 
@@ -43,6 +44,7 @@ class UnifiedPromptLearner(nn.Module):
         if text_width % config.attention_heads:
             raise ValueError(f"attention_heads={config.attention_heads} does not divide the text width {text_width}")
         self.config, self.depth_text, self.depth_vision = config, depth_text, depth_vision
+        self.backend = "torch"  # of the transform; the model that owns the learner sets its own
         self.uni_ctx = nn.Parameter(
             torch.empty(max(depth_text, depth_vision), config.n_text + config.n_visual, text_width)
         )
@@ -83,10 +85,14 @@ class UnifiedPromptLearner(nn.Module):
     def forward(self) -> Prompts:
         """Prompts of one set: text (1, depth_text, n_text, d) and visual (1, depth_vision, n_visual, w)."""
         n_text = self.config.n_text
+        dropout_p = self.config.dropout_p if self.training else 0.0
+        if dispatch.choose("prompt_transform", self.backend, self.uni_ctx, dropout_p) == "triton":
+            text, visual = self._transform_by_kernel()
+            return Prompts(text[None, : self.depth_text], visual[None, : self.depth_vision])
         if self.config.preset == "paper":
             transformed = self.transform_paper(self.uni_ctx)
             text, visual = transformed[: self.depth_text, :n_text], transformed[: self.depth_vision, n_text:]
-        elif self.training and self.config.dropout_p:
+        elif dropout_p:
             # the released code runs the whole network once per modality, visual first, with masks of its own
             visual = self.transform_released(self.uni_ctx)[:, n_text:]
             text = self.transform_released(self.uni_ctx)[:, :n_text]
@@ -94,3 +100,29 @@ class UnifiedPromptLearner(nn.Module):
             transformed = self.transform_released(self.uni_ctx)
             text, visual = transformed[:, :n_text], transformed[:, n_text:]
         return Prompts(text[None], self.mlp(visual)[None])
+
+    def _transform_by_kernel(self) -> tuple[Tensor, Tensor]:
+        from upt_fast.kernels.prompt_transform import prompt_transform
+
+        return prompt_transform(
+            self.uni_ctx,
+            self.self_attn.in_proj_weight,
+            self.self_attn.in_proj_bias,
+            self.self_attn.out_proj.weight,
+            self.self_attn.out_proj.bias,
+            self.norm1.weight,
+            self.norm1.bias,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.linear1.weight,
+            self.linear1.bias,
+            self.linear2.weight,
+            self.linear2.bias,
+            self.mlp.weight,
+            self.mlp.bias,
+            n_text=self.config.n_text,
+            num_heads=self.config.attention_heads,
+            eps1=self.norm1.eps,
+            eps2=self.norm2.eps,
+            released=self.config.preset == "released",
+        )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast.layout import PackedLayout
+from upt_fast.layout import BufferPlaces, PackedLayout
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -16,8 +16,24 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def activation(u: Tensor, kind: str) -> Tensor:
+def add_layer_norm(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and the same normalised."""
+    return x + y, layer_norm(x + y, eps)
+
+
+def prompt_insert(
+    x: Tensor, y: Tensor | None, prompts: Tensor, set_index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """[prompts of the sequence's set ; other rows plus y] and the same normalised."""
+    other = x if y is None else x + y
+    index = torch.zeros(len(x), dtype=torch.int64, device=x.device) if set_index is None else set_index
+    stream = torch.cat([prompts[index], other[:, prompts.shape[1] :]], dim=1)
+    return stream, layer_norm(stream, eps)
+
+
+def activation(u: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
     """silu for "quick_gelu", whose factors 1.702 are in the linears around it; GELU; tanh GELU."""
+    u = u if bias is None else u + bias
     if kind == "quick_gelu":
         return u * torch.sigmoid(u)
     return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
@@ -54,6 +70,12 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
     return torch.cat([prefix[index], x], dim=1)
 
 
+def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces) -> Tensor:
+    """Row r of the buffer is own row source[r], or shared row -1 - source[r] where that is negative."""
+    flat = shared.flatten(0, 1)
+    return torch.stack([own[r] if r >= 0 else flat[-1 - r] for r in places.source.tolist()])
+
+
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of one sequence, q already scaled: q (Q, H, K), k and v (L, H, K)."""
     return torch.einsum("hql,lhk->qhk", torch.einsum("qhk,lhk->hql", q, k).softmax(-1), v)
@@ -71,6 +93,24 @@ def prefix_attention(
     if prefix_k is not None and prefix_v is not None:
         k, v = prepend_rows(prefix_k, k, set_index), prepend_rows(prefix_v, v, set_index)
     return torch.stack([softmax_attention(*sequence) for sequence in zip(q, k, v, strict=True)])
+
+
+def stream_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each sequence's queries over its keys, without mask."""
+    return torch.stack([softmax_attention(*sequence) for sequence in zip(q, k, v, strict=True)])
+
+
+def buffer_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int) -> Tensor:
+    """Each row over the prefix and the rows of its class up to itself, one row at a time."""
+    last_only = len(q) != layout.num_rows
+    outputs: list[Tensor] = []
+    begin = 0
+    for length in (length for runs in layout.sets for count, length in runs for _ in range(count)):
+        for end in range(length if last_only else 1, length + 1):
+            query = q[len(outputs) : len(outputs) + 1]
+            outputs.append(softmax_attention(query, *(t[begin : begin + prefix + end] for t in (k, v))))
+        begin += prefix + length
+    return torch.cat(outputs)
 
 
 def qkv(
@@ -116,3 +156,20 @@ def packed_attention(
                 query += 1
             row += length
     return torch.cat(outputs)
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    labels: Tensor,
+    class_ranges: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of scaled cosines over each image's own classes, labels counted from the first of them."""
+    logits = logit_scale * F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+    if class_ranges is not None:
+        start, end = class_ranges[:, :1], class_ranges[:, 1:]
+        classes = torch.arange(len(text_features), device=labels.device)
+        logits = logits.masked_fill((classes < start) | (classes >= end), float("-inf"))
+        labels = labels + class_ranges[:, 0]
+    return F.cross_entropy(logits, labels, reduction="none")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import ops
+from upt_fast import dispatch, ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
 from upt_fast.workspace import MemoryPool, Workspace
 
@@ -51,12 +51,20 @@ class FrozenBlocks(nn.Module):
         dtype: dtype of the folded weights, in which the blocks compute.
         memory: "fast": keep what backward needs; "balanced": recompute the MLP's hidden features in backward;
             "lean": recompute the whole block from its input.
+        backend: of the ops, as dispatch.resolve returns it.
     """
 
     def __init__(
-        self, blocks: tuple[FrozenBlock, ...], num_heads: int, activation: str, dtype: torch.dtype, memory: str = "fast"
+        self,
+        blocks: tuple[FrozenBlock, ...],
+        num_heads: int,
+        activation: str,
+        dtype: torch.dtype,
+        memory: str = "fast",
+        backend: str = "torch",
     ) -> None:
         super().__init__()
+        self.backend, self.streams = backend, dispatch.uses_streams(backend)
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
         self._pool = MemoryPool()
@@ -67,7 +75,7 @@ class FrozenBlocks(nn.Module):
             self.register_buffer(name, torch.stack([f.pop(name) for f in folded]), persistent=False)
 
     qkv_weight: Tensor  # (L, 3D, D) rows q, k, v
-    q_bias: Tensor  # (L, D)
+    qkv_bias: Tensor  # (L, 3D) zero for k and v
     out_weight: Tensor  # (L, D, D)
     out_bias: Tensor  # (L, D)
     fc_weight: Tensor  # (L, M, D)
@@ -86,7 +94,7 @@ class FrozenBlocks(nn.Module):
         """
         h = ops.layer_norm(x, self.eps_1[i])
         h_q = None if query_rows is None else ops.layer_norm(query_rows, self.eps_1[i])
-        return ops.qkv(h, self.qkv_weight[i], self.q_bias[i], self.num_heads, h_q)
+        return ops.qkv(h, self.qkv_weight[i], self.qkv_bias[i, : self.width], self.num_heads, h_q)
 
     def layer(
         self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: Workspace | None
@@ -100,7 +108,7 @@ class FrozenBlocks(nn.Module):
             workspace: memory of this pass, or None.
         """
         prefix_k, prefix_v = (None, None) if prefix_kv is None else prefix_kv.unbind(2)
-        weights = (self.qkv_weight[i], self.q_bias[i], self.out_weight[i], self.out_bias[i])
+        weights = (self.qkv_weight[i], self.qkv_bias[i, : self.width], self.out_weight[i], self.out_bias[i])
         x = ops.attention(
             x, prefix_k, prefix_v, *weights, self.eps_1[i], set_index, workspace, i, num_heads=self.num_heads
         )
@@ -141,6 +149,31 @@ class FrozenBlocks(nn.Module):
         weights = (self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i])
         recompute = self.memory == "balanced"
         return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=recompute, workspace=workspace, layer=i)
+
+    def stream_qkv(self, i: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, three of (..., H, K), of the normalised rows h (..., D) of layer i's stream."""
+        qkv = ops.linear(h, self.qkv_weight[i], self.qkv_bias[i])
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+
+    def stream_finish(self, i: int, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of layer i, its last sum left to the next layer's LayerNorm.
+
+        Args:
+            x: (..., D) rows that entered the layer.
+            attended: (..., H, K) attention's output for these rows.
+        Returns:
+            rows (..., D), and what the MLP adds to them.
+        """
+        out = ops.linear(attended.flatten(-2), self.out_weight[i], self.out_bias[i])
+        x, h = ops.add_layer_norm(x, out, self.eps_2[i], self.backend)
+        if self.memory == "balanced" and torch.is_grad_enabled():
+            return x, checkpoint(self._stream_mlp, i, h, use_reentrant=False, preserve_rng_state=False)
+        return x, self._stream_mlp(i, h)
+
+    def _stream_mlp(self, i: int, h: Tensor) -> Tensor:
+        u = ops.linear(h, self.fc_weight[i])
+        a = ops.activation(u, self.activation, self.fc_bias[i], self.backend)
+        return ops.linear(a, self.proj_weight[i], self.proj_bias[i])
 
     def workspace(self, label: str = "rows") -> Workspace | None:
         """Memory for one pass through the layers; None where backward recomputes them, in an order of its own."""
@@ -203,9 +236,11 @@ def _fold_block(block: FrozenBlock, num_heads: int, activation: str, dtype: torc
     width = block.out_proj_weight.shape[0]
     qkv_weight, qkv_bias = fold_norm(block.in_proj_weight, block.in_proj_bias, block.ln_1)
     scale = (width // num_heads) ** -0.5
-    qkv_weight = torch.cat([qkv_weight[:width] * scale, qkv_weight[width:]])
+    query_scale = qkv_weight.new_ones(3 * width)
+    query_scale[:width] = scale
+    qkv_weight, qkv_bias = qkv_weight * query_scale[:, None], qkv_bias * query_scale
     value_bias = qkv_bias[2 * width :]
-    q_bias = qkv_bias[:width] * scale
+    qkv_bias = F.pad(qkv_bias[:width], (0, 2 * width))
 
     out_weight, out_bias = fold_norm(block.out_proj_weight, block.out_proj_bias, None)
     out_bias = out_bias + out_weight @ value_bias
@@ -220,7 +255,7 @@ def _fold_block(block: FrozenBlock, num_heads: int, activation: str, dtype: torc
         proj_weight = proj_weight / QUICK_GELU_SLOPE
     weights = {
         "qkv_weight": qkv_weight,
-        "q_bias": q_bias,
+        "qkv_bias": qkv_bias,
         "out_weight": out_weight,
         "out_bias": out_bias,
         "fc_weight": fc_weight,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upt_fast.clip.tokens import ClassTokens
-from upt_fast.layout import PackedLayout
+from upt_fast.layout import BufferPlaces, PackedLayout
 
 
 class PackedClasses(nn.Module):
@@ -76,6 +76,8 @@ class PackedClasses(nn.Module):
         self._constant("inverse", torch.tensor(order, device=device).argsort())
         self._constant("sos", (token_embedding[tokens.ids[0, 0]].to(dtype) + positional_embedding[0].to(dtype))[None])
         self._constant("prompt_positions", positional_embedding[1 : 1 + self.num_shared].to(dtype))
+        for field, places in BufferPlaces.of(self.layout, 1 + self.num_shared)._asdict().items():
+            self._constant(f"places_{field}", places.to(device))
         # filled by the text tower: keys and values of the start token in every layer, layer 0's q, k, v of the rows
         self._constant("sos_kv", None)
         self._constant("first_qkv", None)
@@ -89,6 +91,11 @@ class PackedClasses(nn.Module):
     prompt_positions: Tensor  # (num_shared, d)
     sos_kv: Tensor | None  # (L, 2, H, K)
     first_qkv: Tensor | None  # (3, N, H, K)
+
+    @property
+    def places(self) -> BufferPlaces:
+        """Where the rows of [start token and shared prompts ; own rows] of all classes lie in one buffer."""
+        return BufferPlaces(*(getattr(self, f"places_{name}") for name in BufferPlaces._fields))
 
     def _constant(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)

@@ -8,6 +8,7 @@ only; layer 0's q, k and v of the class rows are constants.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast import ops
@@ -26,11 +27,12 @@ class TextTower(nn.Module):
         text: the tower's weights.
         dtype: dtype in which it computes.
         memory: see :class:`FrozenBlocks`.
+        backend: see :class:`FrozenBlocks`.
     """
 
-    def __init__(self, text: FrozenText, dtype: torch.dtype, memory: str = "fast") -> None:
+    def __init__(self, text: FrozenText, dtype: torch.dtype, memory: str = "fast", backend: str = "torch") -> None:
         super().__init__()
-        self.blocks = FrozenBlocks(text.blocks, text.num_heads, text.activation, dtype, memory)
+        self.blocks = FrozenBlocks(text.blocks, text.num_heads, text.activation, dtype, memory, backend)
         self.head = FrozenHead(text.ln_final, text.projection, text.projection_bias, dtype)
         self.register_buffer("token_embedding", text.token_embedding, persistent=False)
         self.register_buffer("positional_embedding", text.positional_embedding, persistent=False)
@@ -51,7 +53,7 @@ class TextTower(nn.Module):
         x, sos_kv, workspace = packed.sos, [], None
         for i in range(self.blocks.num_layers):
             _, k, v = self.blocks.qkv(i, x)
-            sos_kv.append(torch.cat([k, v]))
+            sos_kv.append(torch.stack([k[0], v[0]]))
             x = self.blocks.finish(i, x, v, workspace)  # a row that sees only itself attends to its own value
         packed.sos_kv = torch.stack(sos_kv)
         if packed.num_inner == 0:
@@ -71,7 +73,7 @@ class TextTower(nn.Module):
         prompts = prompts.to(packed.rows.dtype).transpose(0, 1)  # (depth, S, n, d)
         depth, shared = len(prompts), packed.num_shared
         prefix_rows, prompt_kv = self._prefix(prompts[:, :, :shared], packed)
-        x, workspace = packed.rows, blocks.workspace()
+        x, y, workspace = packed.rows, None, blocks.workspace()
         prefix_workspace = blocks.workspace("prompts")
         for i in range(blocks.num_layers):
             prefix_kv = prompt_kv[i] if i < depth else self._propagated_kv(i, prefix_rows, packed)
@@ -81,12 +83,16 @@ class TextTower(nn.Module):
                 inner = prompts[i, packed.inner_sets, shared:]  # (C, num_inner, d)
                 if i == 0:
                     inner = inner + packed.rows[packed.inner_rows]
+                x, y = x if y is None else x + y, None
                 x = x.index_copy(0, packed.inner_rows.flatten(), inner.flatten(0, 1))
-            x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed, workspace)
+            if blocks.streams:
+                x, y = blocks.run(self._stream_layer, i, x, y, prefix_kv, packed)
+            else:
+                x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed, workspace)
         for space in (workspace, prefix_workspace):
             if space is not None:
                 space.end_forward()
-        return self.head(x)[packed.inverse]
+        return self.head(x if y is None else x + y)[packed.inverse]
 
     def _prefix(self, prompts: Tensor, packed: PackedClasses) -> tuple[Tensor, Tensor]:
         """Rows entering the last prompted layer (S, P, d), and [start token ; prompts] as keys and values.
@@ -98,9 +104,12 @@ class TextTower(nn.Module):
         """
         assert packed.sos_kv is not None
         depth, sets = prompts.shape[:2]
-        entering = torch.cat([prompts[:1] + packed.prompt_positions, prompts[1:]])
-        sos = packed.sos_kv[:depth, None, None].expand(-1, sets, -1, -1, -1, -1)
-        return entering[-1], torch.cat([sos, self.blocks.prompt_kv(entering)], dim=2)
+        positions = F.pad(packed.prompt_positions[None, None], (0, 0, 0, 0, 0, 0, 0, depth - 1))  # of layer 0 alone
+        entering = prompts + positions
+        prompt_kv = self.blocks.prompt_kv(entering).flatten(0, 1)  # (depth S, P, 2, H, K)
+        layers = torch.arange(depth, device=prompts.device).repeat_interleave(sets)
+        kv = ops.prepend_rows(packed.sos_kv[:depth, None], prompt_kv, layers)
+        return entering[-1], kv.unflatten(0, (depth, sets))
 
     def _propagated_kv(self, i: int, rows: Tensor, packed: PackedClasses) -> Tensor:
         """[start token ; propagating rows (S, P, d)] as keys and values (S, 1 + P, 2, H, K) of layer i."""
@@ -127,6 +136,30 @@ class TextTower(nn.Module):
         prefix_k, prefix_v = prefix_kv.unbind(2)
         attended = ops.packed_attention(q, k, v, prefix_k, prefix_v, packed.layout)
         return self.blocks.finish(i, x, attended, workspace)
+
+    def _stream_layer(
+        self, i: int, x: Tensor, y: Tensor | None, prefix_kv: Tensor, packed: PackedClasses
+    ) -> tuple[Tensor, Tensor]:
+        """Layer i with keys and values in one buffer, [prefix ; own rows] for each class; the last layer pools."""
+        blocks = self.blocks
+        eps, backend = blocks.eps_1[i], blocks.backend
+        if i == 0 and packed.first_qkv is not None:
+            q, k, v = packed.first_qkv
+        else:
+            if y is None:
+                h = ops.layer_norm(x, eps, backend)
+            else:
+                x, h = ops.add_layer_norm(x, y, eps, backend)
+            q, k, v = blocks.stream_qkv(i, h)
+        prefix = prefix_kv.shape[1]
+        keys, values = (
+            ops.insert_shared(own, shared, packed.places, backend)
+            for own, shared in zip((k, v), prefix_kv.unbind(2), strict=True)
+        )
+        if i == blocks.num_layers - 1:
+            x, q = x[packed.last_rows], q[packed.last_rows]
+        attended = ops.buffer_attention(q, keys, values, packed.layout, prefix, backend)
+        return blocks.stream_finish(i, x, attended)
 
     def _last_layer(
         self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: Workspace | None

@@ -24,11 +24,12 @@ class VisionTower(nn.Module):
         vision: the tower's weights.
         dtype: dtype in which it computes.
         memory: see :class:`FrozenBlocks`.
+        backend: see :class:`FrozenBlocks`.
     """
 
-    def __init__(self, vision: FrozenVision, dtype: torch.dtype, memory: str = "fast") -> None:
+    def __init__(self, vision: FrozenVision, dtype: torch.dtype, memory: str = "fast", backend: str = "torch") -> None:
         super().__init__()
-        self.blocks = FrozenBlocks(vision.blocks, vision.num_heads, vision.activation, dtype, memory)
+        self.blocks = FrozenBlocks(vision.blocks, vision.num_heads, vision.activation, dtype, memory, backend)
         self.head = FrozenHead(vision.ln_post, vision.projection, None, dtype)
         self.image_size, self.pooling, self.norm_after_pool = vision.image_size, vision.pooling, vision.norm_after_pool
         self.pre_eps = None if vision.ln_pre is None else vision.ln_pre.eps
@@ -84,14 +85,27 @@ class VisionTower(nn.Module):
             raise ValueError(
                 f"images of {images.dtype}; wanted floating-point images normalised with the CLIP's mean and std"
             )
-        blocks, last = self.blocks, self.blocks.num_layers - 1
         x = self.embed(images)
         prompts = prompts.to(x.dtype).transpose(0, 1)  # (depth, S, n, w)
-        depth, _, length, _ = prompts.shape
-        entering = torch.cat([self._pre_norm(prompts[:1]), prompts[1:]])
+        entering = [self._pre_norm(prompts[0]), *prompts[1:].unbind()]  # (S, n, w) each
+        x = self._run_stream(x, entering, set_index) if self.blocks.streams else self._run(x, entering, set_index)
+        if self.pooling == "tok":
+            return self.head(x[:, 0])
+        return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
+
+    def _run(self, x: Tensor, entering: list[Tensor], set_index: Tensor | None) -> Tensor:
+        """The pooled rows (B, ., w) after all layers; prompts that the next layer replaces are keys and values only.
+
+        Args:
+            x: (B, 1 + G, w) rows of the images.
+            entering: for each prompted layer (S, n, w).
+            set_index: (B,) int64 or None.
+        """
+        blocks, last = self.blocks, self.blocks.num_layers - 1
+        depth, length = len(entering), entering[0].shape[1]
         # in layer depth - 1 prompts become rows, unless no later layer reads those
         key_value_only = depth if depth > last else depth - 1
-        prompt_kv = blocks.prompt_kv(entering[:key_value_only]) if key_value_only and length else None
+        prompt_kv = blocks.prompt_kv(torch.stack(entering[:key_value_only])) if key_value_only and length else None
         first_row, workspace = 0, blocks.workspace()
         for i in range(blocks.num_layers):
             if i == key_value_only and length:
@@ -103,9 +117,40 @@ class VisionTower(nn.Module):
                 x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, workspace)
         if workspace is not None:
             workspace.end_forward()
-        if self.pooling == "tok":
-            return self.head(x[:, 0])
-        return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
+        return x
+
+    def _run_stream(self, x: Tensor, entering: list[Tensor], set_index: Tensor | None) -> Tensor:
+        """The same on one stream with reserved rows, into which each layer's prompts are inserted in place."""
+        blocks, length = self.blocks, entering[0].shape[1]
+        stream = x.new_empty(x.shape[0], length + x.shape[1], x.shape[2])
+        stream[:, length:] = x
+        y: Tensor | None = None
+        x = stream
+        for i in range(blocks.num_layers):
+            prompts = entering[i] if i < len(entering) and length else None
+            x, y = blocks.run(self._stream_layer, i, x, y, prompts, set_index, length)
+        assert y is not None  # a tower has at least one layer
+        return x + y
+
+    def _stream_layer(
+        self, i: int, x: Tensor, y: Tensor | None, prompts: Tensor | None, set_index: Tensor | None, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Layer i of the stream x (B, n + 1 + G, w) and of y, which the last layer left to add; the last one pools."""
+        blocks, last = self.blocks, self.blocks.num_layers - 1
+        eps, backend = blocks.eps_1[i], blocks.backend
+        if prompts is not None:
+            if blocks.memory == "lean":
+                x = x.clone()  # what comes in is needed once more, to compute the layer again
+            x, h = ops.prompt_insert(x, y, prompts, set_index, eps, backend)
+        elif y is not None:
+            x, h = ops.add_layer_norm(x, y, eps, backend)
+        else:
+            h = ops.layer_norm(x, eps, backend)
+        q, k, v = blocks.stream_qkv(i, h)
+        if i == last:
+            pooled = slice(length, length + 1) if self.pooling == "tok" else slice(length + 1, None)
+            x, q = x[:, pooled], q[:, pooled]
+        return blocks.stream_finish(i, x, ops.stream_attention(q, k, v, backend))
 
     def _last_layer(
         self,

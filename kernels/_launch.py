@@ -1,0 +1,81 @@
+"""How kernels are launched, and how the same launches are recorded to be compiled without a GPU.
+
+Every kernel goes through :func:`launch`. Inside :func:`record` nothing runs: the launchers are called with tensors on
+the meta device, and what they would have launched, with exactly the settings of a real run, is kept for
+kernels/report.py to compile ahead of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# read once, as triton does: its own helpers are decorated when it is imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its arguments by name, and options such as num_warps."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+# (name, function that calls launchers on meta tensors) of the shapes that a kernel file is compiled for in advance
+Workload = tuple[str, Callable[[], object]]
+
+_recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
+_OPTIONS = ("num_warps", "num_stages")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run kernel[grid](**arguments), or note it inside :func:`record`; an empty grid runs nothing."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
+        recorded.append(Launch(kernel, arguments, options))
+    elif all(grid):
+        tensor = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+        # triton launches on the current device, whatever device the tensors are on
+        with torch.cuda.device_of(tensor) if tensor is not None and tensor.is_cuda else contextlib.nullcontext():
+            kernel[grid](**arguments)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def row_tile(rows: int, columns: int) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N and num_warps of a kernel that reduces whole rows: about 32 numbers per thread.
+
+    The interpreter pays per program, so there a program takes many rows.
+    """
+    block_n = triton.next_power_of_2(max(columns, 1))
+    numbers = 1 << 16 if INTERPRETED else 4096
+    block_m = max(1, min(numbers // block_n, triton.next_power_of_2(max(rows, 1))))
+    num_warps = max(1, min(16, block_m * block_n // 1024))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., N) -> (M, N), a view where the strides allow one; the last dimension contiguous."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,0 +1,183 @@
+"""The activations' kernel against its plain twin in float64: output and gradient."""
+
+import pytest
+import torch
+from upt_fast.kernels import gelu as kernel
+
+from upt_fast import ops
+from upt_fast.reference import ops as reference
+from upt_fast.testing import relative_rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# of the output, of the gradient; the interpreter has no bfloat16
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-2)}
+if DEVICE == "cuda":
+    TOLERANCES[torch.bfloat16] = (1e-2, 1e-2)
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+KINDS = pytest.mark.parametrize("kind", kernel.KINDS)
+BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+
+
+@pytest.fixture
+def gpu_tiles(monkeypatch):
+    """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
+    """Normal numbers of deviation 2, so that all of the activation's bends are met."""
+    return (2 * torch.randn(*shape)).to(DEVICE, dtype).requires_grad_(grad)
+
+
+def compare(u, kind, bias=None, weight=None) -> None:
+    """Output and gradient equal those of the twin in float64 on the same numbers; the inputs stay as they were."""
+    weight = randn(*u.shape, dtype=u.dtype) if weight is None else weight
+    before = [t.detach().clone() for t in (u, bias) if t is not None]
+    got = ops.activation(u, kind, bias, backend="triton")
+    (du,) = torch.autograd.grad(got, u, weight)
+    exact = u.detach().double().requires_grad_()
+    wanted = reference.activation(exact, kind, None if bias is None else bias.double())
+    (wanted_du,) = torch.autograd.grad(wanted, exact, weight.double())
+    assert got.dtype == du.dtype == u.dtype
+    assert got.is_contiguous()
+    assert relative_rms(got, wanted) <= TOLERANCES[u.dtype][0]
+    assert relative_rms(du, wanted_du) <= TOLERANCES[u.dtype][1]
+    assert all(map(torch.equal, [t for t in (u, bias) if t is not None], before))
+
+
+@DTYPES
+@KINDS
+@BIAS
+@pytest.mark.parametrize("shape", [(1, 33), (33, 127), (2, 3, 5, 16), (3, 1025), (7, 1), (5,)], ids=str)
+@pytest.mark.usefixtures("gpu_tiles")
+def test_matches_reference(shape, bias, kind, dtype):
+    compare(randn(*shape, dtype=dtype, grad=True), kind, randn(shape[-1], dtype=dtype) if bias else None)
+
+
+@BIAS
+def test_zero_rows(bias):
+    compare(randn(2, 0, 33, grad=True), "gelu", randn(33) if bias else None)
+
+
+VIEWS = {
+    "every_second_row": lambda: randn(10, 33)[::2],
+    "some_columns": lambda: randn(5, 40)[:, 3:36],
+    "every_second_column": lambda: randn(5, 66)[:, ::2],
+    "transposed": lambda: randn(33, 5).t(),
+    "one_row_for_all": lambda: randn(33).expand(5, 33),
+    "one_number_for_all": lambda: randn(1).expand(5, 33),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("place", ["u", "gradient"])
+def test_strided(place, view):
+    u = (view() if place == "u" else randn(5, 33)).requires_grad_()
+    compare(u, "quick_gelu", randn(33), view() if place == "gradient" else None)
+
+
+def test_rows_of_sequences_are_strided():
+    compare(randn(4, 5, 33)[:, 1:3].requires_grad_(), "gelu", randn(33), randn(2, 4, 33).transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "bias", [lambda: randn(33, 2)[:, 0], lambda: randn(1).expand(33)], ids=["every_second", "one_for_all"]
+)
+def test_strided_bias(bias):
+    compare(randn(5, 33, grad=True), "gelu", bias())
+
+
+@pytest.mark.parametrize("half", [dtype for dtype in TOLERANCES if dtype.itemsize == 2], ids=str)
+def test_mixed_dtypes(half):
+    compare(randn(9, 65, dtype=half, grad=True), "gelu", randn(65))
+    compare(randn(9, 65, grad=True), "gelu", randn(65, dtype=half))
+
+
+def test_the_sum_is_not_rounded():
+    """In float16 -8 + b loses some 0.002 of a b between -1 and 0, and the activation as much of its value."""
+    u = torch.full((50, 33), -8.0, dtype=torch.float16, device=DEVICE)
+    bias = -torch.rand(33).to(DEVICE, torch.float16)
+    wanted = reference.activation(u.double(), "quick_gelu", bias.double())
+    assert relative_rms(ops.activation(u, "quick_gelu", bias, "triton"), wanted) <= 2**-11  # one rounding, at the end
+    assert relative_rms(ops.activation(u + bias, "quick_gelu", backend="triton"), wanted) > 2**-10
+
+
+@KINDS
+@DTYPES
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_far_from_zero(kind, dtype):
+    """There the activation is 0 or u, its slope 0 or 1; nothing overflows on the way."""
+    u = torch.tensor([[-6e4, -300.0, -50.0, 50.0, 300.0, 6e4]], dtype=dtype, device=DEVICE).requires_grad_()
+    y = ops.activation(u, kind, backend="triton")
+    (slope,) = torch.autograd.grad(y.sum(), u)
+    assert torch.allclose(y, u.clamp(min=0), rtol=0, atol=1e-15)
+    assert torch.allclose(slope, (u > 0).to(dtype), rtol=0, atol=1e-15)
+
+
+def test_kinds_differ():
+    u = randn(5, 33)
+    results = [ops.activation(u, kind, backend="triton") for kind in kernel.KINDS]
+    assert min(float((a - b).abs().max()) for a, b in zip(results, results[1:] + results[:1], strict=True)) > 1e-4
+
+
+@pytest.mark.usefixtures("gpu_tiles")
+def test_repeats_bit_for_bit():
+    u, bias, weight = randn(33, 127, grad=True), randn(127), randn(33, 127)
+    runs = []
+    for _ in range(2):
+        y = ops.activation(u, "gelu_tanh", bias, "triton")
+        runs.append([y, *torch.autograd.grad(y, u, weight)])
+    assert all(map(torch.equal, *runs))
+
+
+def test_backward_keeps_the_input_and_the_bias_only():
+    saved = []
+    u, bias = randn(5, 33, grad=True), randn(33)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        ops.activation(u, "quick_gelu", bias, backend="triton")
+    assert sorted(saved) == sorted([u.data_ptr(), bias.data_ptr()])
+
+
+def test_gradients_of_gradients_are_refused():
+    u = randn(3, 33, grad=True)
+    (grad,) = torch.autograd.grad(ops.activation(u, "gelu", backend="triton").sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="gelu_bwd"):
+        grad.sum().backward()
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError) as error:
+        ops.activation(torch.zeros(2, 33, dtype=torch.float64, device=DEVICE), "gelu", backend="triton")
+    message = str(error.value)
+    assert message.startswith("no backend for activation\n")
+    assert f"x: (2, 33) float64 {DEVICE}" in message
+    assert "triton: float64 (takes float32, float16, bfloat16)" in message
+
+
+OPCHECKS = {
+    "fwd": lambda: (torch.ops.upt_fast.gelu_fwd, (randn(5, 33, grad=True), None, 0)),
+    "fwd_bias": lambda: (torch.ops.upt_fast.gelu_fwd, (randn(5, 33, grad=True), randn(33), 1)),
+    "fwd_strided": lambda: (torch.ops.upt_fast.gelu_fwd, (randn(33, 5).t().requires_grad_(), randn(33), 2)),
+    "bwd": lambda: (torch.ops.upt_fast.gelu_bwd, (randn(5, 33), randn(5, 33), None, 0)),
+    "bwd_bias": lambda: (torch.ops.upt_fast.gelu_bwd, (randn(33).expand(5, 33), randn(33, 5).t(), randn(33), 1)),
+}
+
+
+@pytest.mark.parametrize("case", OPCHECKS.values(), ids=OPCHECKS)
+def test_opcheck(case):
+    op, inputs = case()
+    torch.library.opcheck(op, inputs)
+
+
+@BIAS
+def test_compiles(bias):
+    def f(u, b):
+        y = ops.activation(2 * u, "gelu", b, backend="triton")
+        return (y * y).sum()
+
+    u, b = randn(2, 5, 33, grad=True), randn(33) if bias else None
+    results = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        y = g(u, b)
+        results.append([y, *torch.autograd.grad(y, u)])
+    assert all(map(torch.equal, *results))

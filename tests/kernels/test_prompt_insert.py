@@ -1,0 +1,529 @@
+"""The kernels that put prompts into streams and key buffers, against their plain twins in float64: outputs, gradients,
+and the memory that they must leave alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from upt_fast.kernels import _launch
+from upt_fast.kernels import prompt_insert as kernel
+
+from upt_fast import ops
+from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.reference import ops as reference
+from upt_fast.testing import relative_rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# of outputs, of gradients; the interpreter has no bfloat16
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-2)}
+if DEVICE == "cuda":
+    TOLERANCES[torch.bfloat16] = (1e-2, 1e-2)
+HALF = [dtype for dtype in TOLERANCES if dtype.itemsize == 2]
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+EPS = 1e-5
+NAN = float("nan")
+
+
+@pytest.fixture
+def gpu_tiles(monkeypatch):
+    """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype).requires_grad_(grad)
+
+
+def integers(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def is_float(t: torch.Tensor | None) -> bool:
+    return t is not None and t.is_floating_point()
+
+
+def stream_inputs(B, T, P, D, sets=None, dtype=torch.float32, residual=True):
+    """x, y, prompts and set_index; the reserved rows of x and y hold NaN. `sets` is each sequence's set of 1 + max."""
+    x, y = randn(B, T, D, dtype=dtype), randn(B, T, D, dtype=dtype) if residual else None
+    for t in (x, y):
+        if t is not None:
+            t[:, :P] = NAN
+            t.requires_grad_()
+    S = 1 if sets is None else 1 + max(*sets, 0)
+    return SimpleNamespace(
+        x=x, y=y, prompts=randn(S, P, D, dtype=dtype, grad=True), set_index=None if sets is None else integers(sets)
+    )
+
+
+def evaluate(f, inputs, weights, **options):
+    """Stream, h, and the gradients of those of x, y and prompts that have one, by the outputs that have a weight."""
+    x, y, prompts, set_index = inputs
+    # x is changed in place, which a leaf must not be
+    outputs = f(x.clone(memory_format=torch.contiguous_format), y, prompts, set_index, EPS, **options)
+    used = [(out, w.to(out.dtype)) for out, w in zip(outputs, weights, strict=True) if w is not None]
+    leaves = [t for t in inputs if is_float(t) and t.requires_grad]
+    return outputs, torch.autograd.grad([out for out, _ in used], leaves, [w for _, w in used]), leaves
+
+
+def compare(x, y, prompts, set_index, weights=None) -> None:
+    """Stream, h and every gradient; weights: of both outputs' elements, None where an output is not used."""
+    inputs, dtype = [x, y, prompts, set_index], x.dtype
+    weights = [randn(*x.shape, dtype=dtype) for _ in "sh"] if weights is None else weights
+    others = [(t, t.detach().clone()) for t in inputs[1:] if t is not None]
+    outputs, gradients, leaves = evaluate(ops.prompt_insert, inputs, weights, backend="triton")
+    exact = [t.detach().double().requires_grad_(t.requires_grad) if is_float(t) else t for t in inputs]
+    wanted = evaluate(reference.prompt_insert, exact, [None if w is None else w.double() for w in weights])
+    for got, want in zip(outputs, wanted[0], strict=True):
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        assert relative_rms(got, want) <= TOLERANCES[dtype][0]
+    for t, got, want in zip(leaves, gradients, wanted[1], strict=True):
+        assert got.dtype == t.dtype
+        assert relative_rms(got, want) <= max(TOLERANCES[dtype][1], TOLERANCES[t.dtype][1])
+    for t, before in others:
+        assert torch.equal(t.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+STREAMS = {
+    "one_image": dict(B=1, T=5, P=2, D=33),
+    "no_prompts": dict(B=3, T=4, P=0, D=33),
+    "one_own_row": dict(B=2, T=4, P=3, D=16),
+    "shared": dict(B=5, T=9, P=4, D=127),
+    "many_images": dict(B=37, T=3, P=1, D=127),  # more than a program adds at once
+    "unused_set": dict(B=5, T=6, P=2, D=33, sets=(0, 2, 2, 0, 2)),
+    "one_of_sets": dict(B=3, T=3, P=2, D=33, sets=(1, 1, 1)),
+    "per_image": dict(B=4, T=6, P=3, D=33, sets=(0, 1, 2, 3)),
+    "many_in_sets": dict(B=70, T=2, P=1, D=65, sets=(0, 1, 1, 0, 2) * 14),
+    "wide": dict(B=2, T=3, P=1, D=1025, sets=(1, 0)),
+}
+STREAM = pytest.mark.parametrize("shape", STREAMS.values(), ids=STREAMS)
+
+
+@DTYPES
+@STREAM
+@pytest.mark.usefixtures("gpu_tiles")
+def test_matches_reference(shape, dtype):
+    compare(**vars(stream_inputs(**shape, dtype=dtype)))
+
+
+@STREAM
+def test_large_tiles_and_no_residual(shape):
+    compare(**vars(stream_inputs(**shape, residual=False)))
+
+
+def test_no_images():
+    t = stream_inputs(B=0, T=4, P=2, D=33)
+    stream, h = ops.prompt_insert(t.x.clone(), t.y, t.prompts, None, EPS, backend="triton")
+    grads = torch.autograd.grad([stream, h], [t.x, t.y, t.prompts], [torch.ones_like(stream)] * 2)
+    assert stream.shape == h.shape == grads[0].shape == grads[1].shape == (0, 4, 33)
+    assert torch.equal(grads[2], torch.zeros(1, 2, 33, device=DEVICE))
+
+
+@DTYPES
+@pytest.mark.parametrize("used", ["stream", "h"])
+@pytest.mark.parametrize("sets", [None, (1, 0, 1)], ids=["shared", "sets"])
+def test_one_output_used(sets, used, dtype):
+    inputs = stream_inputs(3, 5, 2, 33, sets, dtype)
+    weight = randn(3, 5, 33, dtype=dtype)
+    compare(**vars(inputs), weights=[weight, None] if used == "stream" else [None, weight])
+
+
+@pytest.mark.parametrize("constant", ["x", "y", "prompts", "x y"])
+def test_constants(constant):
+    inputs = stream_inputs(3, 5, 2, 33, (1, 0, 1))
+    for name in constant.split():
+        getattr(inputs, name).requires_grad_(False)
+    compare(**vars(inputs))
+
+
+VIEWS = {
+    "every_second": lambda: randn(4, 10, 66)[:, ::2, ::2],
+    "some_columns": lambda: randn(4, 5, 40)[..., 3:36],
+    "transposed": lambda: randn(5, 4, 33).transpose(0, 1),
+    "columns_first": lambda: randn(4, 33, 5).transpose(1, 2),
+    "one_row_for_all": lambda: randn(33).expand(4, 5, 33),
+    "one_sequence_for_all": lambda: randn(5, 33).expand(4, 5, 33),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("place", ["y", "prompts", "dx", "dh"])
+def test_strided(place, view):
+    inputs = (
+        stream_inputs(4, 9, 5, 33, (3, 0, 1, 3)) if place == "prompts" else stream_inputs(4, 5, 2, 33, (1, 0, 1, 1))
+    )
+    weights = [randn(*inputs.x.shape) for _ in "sh"]
+    if place in ("y", "prompts"):
+        setattr(inputs, place, view().requires_grad_())
+    else:
+        weights[place == "dh"] = view()
+    compare(**vars(inputs), weights=weights)
+
+
+def test_strided_set_index():
+    inputs = stream_inputs(3, 5, 2, 33, (1, 0, 1))
+    inputs.set_index = integers([1, 9, 0, 9, 1, 9])[::2]
+    compare(**vars(inputs))
+
+
+def test_gradients_of_a_plain_sum():
+    one = torch.ones((), device=DEVICE).expand(3, 5, 33)
+    compare(**vars(stream_inputs(3, 5, 2, 33)), weights=[one, one])
+
+
+@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("place", ["x", "y", "prompts", "y prompts"])
+def test_mixed_dtypes(place, half):
+    """Above all a stream in float32 and what a linear under autocast adds to it."""
+    inputs = stream_inputs(3, 5, 2, 65, (1, 0, 1))
+    for name in place.split():
+        setattr(inputs, name, getattr(inputs, name).detach().to(half).requires_grad_())
+    compare(**vars(inputs))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+def test_changes_the_stream_in_place(residual, mode):
+    """Only the stream, and of it only its own numbers: what lies before and behind in memory stays."""
+    inputs = stream_inputs(3, 5, 2, 33, residual=residual)
+    with mode():
+        x = inputs.x.detach()
+        memory = torch.full((5 * 5 * 33,), 7.0, device=DEVICE)
+        memory[165:-165] = x.flatten()
+        stream = memory[165:-165].view(3, 5, 33)
+        y = None if inputs.y is None else inputs.y.detach()
+        result, h = ops.prompt_insert(stream, y, inputs.prompts.detach(), None, EPS, backend="triton")
+        assert result.data_ptr() == stream.data_ptr() == memory[165:].data_ptr()
+        own = x if y is None else x + y
+        assert torch.equal(stream[:, :2], inputs.prompts.expand(3, 2, 33))
+        assert torch.equal(stream[:, 2:], own[:, 2:])
+        assert (memory[:165] == 7).all()
+        assert (memory[-165:] == 7).all()
+        assert h.data_ptr() != stream.data_ptr()
+
+
+def test_what_was_saved_of_the_stream_before_is_refused():
+    x, prompts = randn(2, 4, 33, grad=True), randn(1, 2, 33)
+    stream = x.clone()
+    square = stream.square()  # keeps the stream for backward
+    _, h = ops.prompt_insert(stream, None, prompts, None, EPS, backend="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (square.sum() + h.sum()).backward()
+
+
+def test_the_callers_stream_carries_the_gradient():
+    """Whoever goes on with the tensor that went in computes the same as with the one that came back."""
+    inputs, gradients = stream_inputs(2, 5, 2, 33), []
+    for name in ("went_in", "came_back"):
+        stream = inputs.x.clone()
+        result, h = ops.prompt_insert(stream, inputs.y, inputs.prompts, None, EPS, backend="triton")
+        loss = (stream if name == "went_in" else result).pow(3).sum() + h.pow(3).sum()
+        gradients.append(torch.autograd.grad(loss, [inputs.x, inputs.y, inputs.prompts]))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_layer_after_layer():
+    """The same stream through several insertions: each layer's prompts replace those of the layer before."""
+
+    def layers(f, x, prompts, weight, **options):
+        x, y, total = x.clone(), None, 0.0
+        for i, p in enumerate(prompts):
+            x, h = f(x, y, p, index, EPS, **options)
+            y = torch.tanh(h @ weight[i])
+            total = total + (h * h * h).mean()
+        return total + (x + y).square().mean()
+
+    index, leaves = integers([1, 0, 1]), [randn(3, 6, 33, grad=True), *(randn(2, 2, 33, grad=True) for _ in range(3))]
+    weight, results = randn(3, 33, 33), []
+    for f, dtype, options in (
+        (ops.prompt_insert, torch.float32, {"backend": "triton"}),
+        (reference.prompt_insert, torch.float64, {}),
+    ):
+        x, *prompts = (t.detach().to(dtype).requires_grad_() for t in leaves)
+        loss = layers(f, x, prompts, weight.to(dtype), **options)
+        results.append([loss, *torch.autograd.grad(loss, [x, *prompts])])
+    for got, want in zip(*results, strict=True):
+        assert relative_rms(got, want) <= 1e-5
+
+
+def test_the_stream_before_has_no_gradient_in_the_reserved_rows():
+    inputs = stream_inputs(3, 5, 2, 33)
+    weights = [randn(3, 5, 33), randn(3, 5, 33)]
+    _, (dx, dy, _), _ = evaluate(ops.prompt_insert, vars(inputs).values(), weights, backend="triton")
+    assert (dx[:, :2] == 0).all()
+    assert (dy[:, :2] == 0).all()
+    assert (dx[:, 2:] != 0).all()
+
+
+@pytest.mark.usefixtures("gpu_tiles")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_images_and_sets_do_not_see_each_other():
+    inputs, weights = stream_inputs(35, 4, 2, 33, (0, 1, 2, 1, 0) * 7), [randn(35, 4, 33), randn(35, 4, 33)]
+    results = []
+    for bad in (False, True):
+        with torch.no_grad():
+            inputs.x[4, 2:] = NAN if bad else 1.0  # an image of set 0
+            inputs.prompts[2] = NAN if bad else 2.0
+            weights[0][9], weights[1][9] = (NAN, NAN) if bad else (1.0, 1.0)  # of set 0
+        outputs, gradients, _ = evaluate(ops.prompt_insert, vars(inputs).values(), weights, backend="triton")
+        results.append(([*outputs, *gradients[:2]], gradients[2]))
+    good = [b for b in range(35) if b not in (4, 9)]
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(a[good, 2:], b[good, 2:])
+    for dx in results[1][0][2:]:
+        assert (dx[:, :2] == 0).all()
+    assert torch.equal(results[0][1][1], results[1][1][1])
+    assert results[1][1][0].isnan().all()
+
+
+@pytest.mark.usefixtures("gpu_tiles")
+def test_repeats_bit_for_bit():
+    inputs, weights = stream_inputs(37, 3, 2, 127, (0, 1, 1, 0, 1) * 7 + (0, 1)), [randn(37, 3, 127) for _ in "sh"]
+    first, second = (
+        evaluate(ops.prompt_insert, vars(inputs).values(), weights, backend="triton")[:2] for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for f, s in zip(first, second, strict=True) for a, b in zip(f, s, strict=True))
+
+
+def test_backward_keeps_h_and_the_deviations_only():
+    inputs, shapes = stream_inputs(2, 5, 3, 33, (1, 0)), []
+    x = inputs.x.clone()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        ops.prompt_insert(x, inputs.y, inputs.prompts, inputs.set_index, EPS, backend="triton")
+    assert sorted(shapes) == [(2,), (2, 5), (2, 5, 33)]
+
+
+# set 1 of "unused_set" has no sequence; "many" are more than a program adds at once
+LAYOUTS = {
+    "one_row": (((1, 1),),),
+    "one_run": (((3, 4),),),
+    "runs": (((2, 1), (1, 3), (4, 5)),),
+    "sets": (((2, 2),), ((1, 1), (1, 4)), ((3, 3),)),
+    "unused_set": (((2, 2),), (), ((3, 1),)),
+    "many": (((40, 1), (30, 2)), ((33, 1),)),
+}
+
+
+def shared_inputs(runs, P, *features, dtype=torch.float32):
+    """own, shared, and the places."""
+    layout = PackedLayout(runs)
+    own = randn(layout.num_rows, *features, dtype=dtype, grad=True)
+    shared = randn(len(runs), P, *features, dtype=dtype, grad=True)
+    return own, shared, BufferPlaces(*(t.to(DEVICE) for t in BufferPlaces.of(layout, P)))
+
+
+def compare_shared(own, shared, places, weight=None) -> None:
+    """The buffer, which is a copy, and both gradients."""
+    before = [t.detach().clone() for t in (own, shared)]
+    got = ops.insert_shared(own, shared, places, backend="triton")
+    weight = randn(*got.shape, dtype=own.dtype) if weight is None else weight
+    exact = [t.detach().double().requires_grad_() for t in (own, shared)]
+    wanted = reference.insert_shared(*exact, places)
+    assert got.dtype == own.dtype
+    assert got.is_contiguous()
+    assert torch.equal(got, wanted.to(own.dtype))
+    gradients = torch.autograd.grad(got, [own, shared], weight)
+    wanted = torch.autograd.grad(wanted, exact, weight.double(), materialize_grads=True)
+    for t, g, w in zip((own, shared), gradients, wanted, strict=True):
+        assert g.dtype == t.dtype
+        assert relative_rms(g, w) <= max(TOLERANCES[own.dtype][1], TOLERANCES[t.dtype][1])
+    assert all(map(torch.equal, (own, shared), before))
+
+
+@DTYPES
+@pytest.mark.parametrize(("P", "features"), [(0, (5,)), (1, (2, 5)), (3, (3, 65))], ids=str)
+@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.usefixtures("gpu_tiles")
+def test_shared_matches_reference(runs, P, features, dtype):
+    compare_shared(*shared_inputs(runs, P, *features, dtype=dtype))
+
+
+@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
+def test_shared_large_tiles(runs):
+    compare_shared(*shared_inputs(runs, 2, 2, 33))
+
+
+def test_shared_without_rows():
+    own, shared, places = shared_inputs(((),), 2, 2, 5)
+    buffer = ops.insert_shared(own, shared, places, backend="triton")
+    down, dshared = torch.autograd.grad(buffer, [own, shared], torch.ones_like(buffer))
+    assert buffer.shape == down.shape == (0, 2, 5)
+    assert torch.equal(dshared, torch.zeros(1, 2, 2, 5, device=DEVICE))
+
+
+SHARED_VIEWS = {
+    "one_of_three": lambda n: randn(*n[:-2], 3, *n[-2:]).unbind(-3)[1],  # keys among queries, keys and values
+    "heads_first": lambda n: randn(n[-2], *n[:-2], n[-1]).movedim(0, -2),
+    "every_second": lambda n: randn(2 * n[0], *n[1:])[::2],
+    "every_second_column": lambda n: randn(*n[:-1], 2 * n[-1])[..., ::2],
+    "one_for_all": lambda n: randn(*n[1:]).expand(n),
+    "one_number_for_all": lambda n: randn(1).expand(n),
+}
+
+
+@pytest.mark.parametrize("view", SHARED_VIEWS.values(), ids=SHARED_VIEWS)
+@pytest.mark.parametrize("place", ["own", "shared", "gradient"])
+def test_shared_strided(place, view):
+    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 3, 7)
+    weight = None
+    if place == "own":
+        own = view(own.shape).requires_grad_()
+    elif place == "shared":
+        shared = view(shared.shape).requires_grad_()
+    else:
+        weight = view((len(places.source), 3, 7))
+    compare_shared(own, shared, places, weight)
+
+
+@pytest.mark.parametrize("half", HALF, ids=str)
+def test_shared_mixed_dtypes(half):
+    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 3, 7)
+    compare_shared(own.detach().to(half).requires_grad_(), shared, places)
+    compare_shared(own, shared.detach().to(half).requires_grad_(), places)
+
+
+@pytest.mark.parametrize("constant", ["own", "shared"])
+def test_shared_constants(constant):
+    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 3, 7)
+    variable = shared if constant == "own" else own
+    (own if constant == "own" else shared).requires_grad_(False)
+    buffers = [f(own, shared, places) for f in (reference.insert_shared, lambda *t: ops.insert_shared(*t, "triton"))]
+    weight = torch.randn_like(buffers[0])
+    wanted, got = (torch.autograd.grad(buffer, variable, weight)[0] for buffer in buffers)
+    assert relative_rms(got, wanted) <= 1e-5
+
+
+@pytest.mark.usefixtures("gpu_tiles")
+def test_shared_sets_do_not_see_each_other():
+    own, shared, places = shared_inputs(LAYOUTS["many"], 2, 33)
+    with torch.no_grad():
+        shared[0], own[0] = NAN, NAN
+    buffer = ops.insert_shared(own, shared, places, backend="triton")
+    first = int(places.first_rows[70])  # of set 1
+    assert buffer[:first].isnan().any(1).sum() == 70 * 2 + 1
+    assert not buffer[first:].isnan().any()
+    weight = torch.ones_like(buffer)
+    weight[:first] = NAN
+    (dshared,) = torch.autograd.grad(buffer, shared, weight)
+    assert dshared[0].isnan().all()
+    assert (dshared[1] == 33).all()
+
+
+@pytest.mark.usefixtures("gpu_tiles")
+def test_shared_repeats_bit_for_bit():
+    own, shared, places = shared_inputs(LAYOUTS["many"], 3, 2, 65)
+    weight, runs = randn(len(places.source), 2, 65), []
+    for _ in range(2):
+        buffer = ops.insert_shared(own, shared, places, backend="triton")
+        runs.append([buffer, *torch.autograd.grad(buffer, [own, shared], weight)])
+    assert all(map(torch.equal, *runs))
+
+
+def test_shared_backward_keeps_places_only():
+    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 33)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.insert_shared(own, shared, places, backend="triton")
+    assert saved
+    assert all(t.dtype == torch.int64 for t in saved)
+
+
+@pytest.mark.parametrize("name", ["prompt_insert", "insert_shared"])
+def test_gradients_of_gradients_are_refused(name):
+    if name == "prompt_insert":
+        x = randn(2, 4, 33, grad=True)
+        y = ops.prompt_insert(x.clone(), None, randn(1, 2, 33), None, EPS, backend="triton")[1]
+    else:
+        x, shared, places = shared_inputs(LAYOUTS["sets"], 2, 33)
+        y = ops.insert_shared(x, shared, places, backend="triton")
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}_bwd"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["prompt_insert", "insert_shared"])
+def test_float64_is_refused(name):
+    x = torch.zeros(2, 4, 33, dtype=torch.float64, device=DEVICE)
+    if name == "prompt_insert":
+        inputs = (x, x, x[:1, :2], None, EPS)
+    else:
+        places = BufferPlaces(*(t.to(DEVICE) for t in BufferPlaces.of(PackedLayout((((1, 2),),)), 1)))
+        inputs = (x, x[None, :1], places)
+    with pytest.raises(ValueError) as error:
+        getattr(ops, name)(*inputs, backend="triton")
+    message = str(error.value)
+    assert message.startswith(f"no backend for {name}\n")
+    assert f"x: (2, 4, 33) float64 {DEVICE}" in message
+    assert "triton: float64 (takes float32, float16, bfloat16)" in message
+
+
+def saved_of_stream():
+    """dh, h and 1 / std of a stream (3, 5, 33)."""
+    return randn(3, 5, 33).transpose(0, 1).reshape(5, 3, 33).transpose(0, 1), randn(3, 5, 33), randn(3, 5).abs()
+
+
+def shared_bwd_inputs():
+    _, _, places = shared_inputs(LAYOUTS["sets"], 2, 2, 5)
+    return randn(len(places.source), 2, 5), *places[1:], 2
+
+
+SETS = (1, 0, 1)
+OPCHECKS = {
+    "insert": lambda: ("prompt_insert_", (randn(3, 5, 33), None, randn(1, 2, 33), None, EPS)),
+    "insert_sets": lambda: ("prompt_insert_", (*(randn(3, 5, 33) for _ in "xy"), randn(2, 2, 33), integers(SETS), EPS)),
+    "insert_bwd": lambda: ("prompt_insert_bwd", (None, *saved_of_stream(), None, 1, 2)),
+    "insert_bwd_sets": lambda: ("prompt_insert_bwd", (randn(3, 5, 33), *saved_of_stream(), integers(SETS), 2, 2)),
+    "shared_fwd": lambda: ("insert_shared_fwd", (randn(9, 2, 5), randn(3, 2, 2, 5), integers([-1, 3, -6, 8]))),
+    "shared_bwd": lambda: ("insert_shared_bwd", shared_bwd_inputs()),
+}
+
+
+@pytest.mark.parametrize("case", OPCHECKS.values(), ids=OPCHECKS)
+def test_opcheck(case):
+    name, inputs = case()
+    torch.library.opcheck(getattr(torch.ops.upt_fast, name), tuple(inputs))
+
+
+@pytest.mark.parametrize("sets", [None, SETS], ids=["shared", "sets"])
+def test_compiles(sets):
+    def f(x, y, prompts):
+        stream, h = ops.prompt_insert(2 * x, y, prompts, index, EPS, backend="triton")
+        return (stream.square() + h * h * h).sum()
+
+    inputs = stream_inputs(3, 5, 2, 33, sets)
+    index, leaves, results = inputs.set_index, [inputs.x, inputs.y, inputs.prompts], []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        loss = g(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(map(torch.equal, *results))
+    assert results[0][0].isfinite()
+
+
+def test_compiles_on_the_callers_stream():
+    """The change in place is not lost where the stream comes from outside."""
+
+    def f(x):
+        return ops.prompt_insert(x, inputs.y, inputs.prompts, None, EPS, backend="triton")[1]
+
+    inputs, streams, results = stream_inputs(3, 5, 2, 33), [], []
+    with torch.no_grad():
+        for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+            streams.append(inputs.x.detach().clone())
+            results.append(g(streams[-1]))
+    assert torch.equal(*results)
+    assert torch.equal(*streams)
+    assert streams[0].isfinite().all()
+
+
+def test_shared_compiles():
+    def f(own, shared):
+        buffer = ops.insert_shared(2 * own, shared, places, backend="triton")
+        return (buffer * buffer * buffer).sum()
+
+    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 2, 5)
+    results = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        loss = g(own, shared)
+        results.append([loss, *torch.autograd.grad(loss, [own, shared])])
+    assert all(map(torch.equal, *results))

@@ -1,0 +1,344 @@
+"""The frozen engine's own autograd functions: no weight gradients, few saved tensors, memory from a workspace.
+
+Called by ops.py, which says what each computes; here is how.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from upt_fast.workspace import pieces
+
+PRODUCT_PIECE_BYTES = 6 << 20
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than PyTorch's default, the MKL.
+
+    On AMD's processors with AVX-512 MKL stays at AVX2: oneDNN was 10 to 25 % faster there. The choice hangs on the
+    processor alone, not on a timing, so that equal runs give equal bits.
+    """
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
+
+
+def takes_onednn(x: Tensor) -> bool:
+    float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return float32_on_cpu and not op_by_op(x) and x.numel() > 0 and _has_onednn()
+
+
+def op_by_op(x: Tensor) -> bool:
+    """Whether ops must be PyTorch's own: autocast chooses the dtype of each, torch.compile fuses them itself."""
+    return torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x W^T (+ b) (+ residual) of matrices, without autograd.
+
+    Args:
+        x: (N, K).
+        weight: (M, K), any strides.
+        bias: (M,).
+        residual: (N, M).
+        out: (N, M) where the result goes.
+    """
+    if takes_onednn(x):
+        onednn = torch.ops.mkldnn._linear_pointwise
+        if out is None and residual is None:
+            return onednn(x, weight, bias, "none", [], "")
+        out = x.new_empty(len(x), len(weight)) if out is None else out
+        for i in pieces(out, PRODUCT_PIECE_BYTES):
+            part = onednn(x[i], weight, bias, "none", [], "")
+            if residual is None:
+                out[i] = part
+            else:
+                torch.add(part, residual[i], out=out[i])
+        return out
+    added = bias if residual is None else residual
+    if added is None:
+        return torch.mm(x, weight.t(), out=out)
+    y = torch.addmm(added, x, weight.t(), out=out)
+    return y if bias is None or residual is None else y.add_(bias)
+
+
+def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See upt_fast.ops.linear_residual."""
+    if takes_onednn(y):
+        return Linear.apply(y, weight, bias, x)
+    if x.dtype.itemsize < 4:  # in half precision a second rounding of the large sum would cost accuracy
+        return x + F.linear(y, weight, bias).view(x.shape)
+    rows = torch.addmm(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), weight.t())
+    return rows.add_(bias).view(x.shape)
+
+
+class Linear(torch.autograd.Function):
+    """See :func:`linear` and :func:`linear_residual`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight)
+        ctx.shape = x.shape
+        shape = (*x.shape[:-1], len(weight)) if residual is None else residual.shape
+        residual = None if residual is None else residual.reshape(-1, len(weight))
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias, residual).view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        (weight,) = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _product(dy.reshape(-1, len(weight)), weight.t()).view(ctx.shape)
+        return dx, None, None, dy if ctx.needs_input_grad[3] else None
+
+
+def _activation_into(out: Tensor, u: Tensor, kind: str) -> Tensor:
+    """:func:`activation` of u, written to out."""
+    if kind == "quick_gelu":
+        return torch.ops.aten.silu.out(u, out=out)
+    return torch.ops.aten.gelu.out(u, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
+
+
+class MLP(torch.autograd.Function):
+    """See :func:`mlp`. Backward overwrites one (N, M) buffer with both the activation's and its input's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute, workspace, layer):  # type: ignore[no-untyped-def]
+        rows = x.reshape(-1, x.shape[-1])
+        h, mean, rstd = workspace.normalize("mlp", layer, rows, eps)
+        shape = (len(rows), len(fc_weight))
+        keep = ctx.needs_input_grad[0] and not recompute
+        u = workspace.kept("u", layer, x, *shape) if keep else x.new_empty(shape)
+        _product(h, fc_weight, fc_bias, out=u)
+        ctx.save_for_backward(rows, mean, rstd, None if recompute else u, fc_weight, fc_bias, proj_weight)
+        ctx.kind, ctx.eps, ctx.workspace = kind, eps, workspace
+        a = _activation_into(workspace.scratch("wide", u, *u.shape), u, kind)
+        if not ctx.needs_input_grad[0] or x.dtype.itemsize < 4:
+            return linear_residual(x, a, proj_weight, proj_bias)
+        y = workspace.kept("y", layer, x, *rows.shape)
+        return _product(a, proj_weight, proj_bias, rows, out=y).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, mean, rstd, u, fc_weight, fc_bias, proj_weight = ctx.saved_tensors
+        if u is None:
+            u = _product(F.layer_norm(x, x.shape[-1:], eps=ctx.eps), fc_weight, fc_bias)
+        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
+        du = ctx.workspace.scratch("wide", dy, len(dy), proj_weight.shape[1])
+        _product(dy, proj_weight.t(), out=du)
+        if ctx.kind == "quick_gelu":
+            torch.ops.aten.silu_backward.grad_input(du, u, grad_input=du)
+        else:
+            approximate = "tanh" if ctx.kind == "gelu_tanh" else "none"
+            torch.ops.aten.gelu_backward.grad_input(du, u, approximate=approximate, grad_input=du)
+        dh = _product(du, fc_weight.t(), out=ctx.workspace.scratch("row", dy, *dy.shape))
+        return ctx.workspace.normalize_backward(dh, x, mean, rstd, dy).view(shape), *[None] * 9
+
+
+class AttentionCPU(torch.autograd.Function):
+    """See :func:`attention`: what backward needs lives in the workspace; dq, dk and dv share one product."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x,
+        prefix_k,
+        prefix_v,
+        qkv_weight,
+        q_bias,
+        out_weight,
+        out_bias,
+        eps,
+        set_index,
+        workspace,
+        layer,
+        num_heads,
+    ):
+        batch, length, width = x.shape
+        prefix = 0 if prefix_k is None else prefix_k.shape[1]
+        keep = any(ctx.needs_input_grad[:3])
+        rows = x.reshape(-1, width)
+
+        def new(name: str, *shape: int) -> Tensor:
+            return workspace.kept(name, layer, x, *shape) if keep else x.new_empty(shape)
+
+        h, mean, rstd = workspace.normalize("attention", layer, rows, eps)
+        q = _product(h, qkv_weight[:width], q_bias, out=new("q", *rows.shape))
+        kv = _product(h, qkv_weight[width:], out=workspace.scratch("wide", x, len(rows), 2 * width))
+        k, v = (new(name, batch, prefix + length, width) for name in ("k", "v"))
+        for buffer, own, shared in ((k, kv[:, :width], prefix_k), (v, kv[:, width:], prefix_v)):
+            buffer[:, prefix:] = own.view(batch, length, width)
+            if prefix:
+                buffer[:, :prefix] = (shared if set_index is None else shared[set_index]).flatten(2)
+        attended = new("attended", *rows.shape)
+        lse = new("lse", batch, num_heads, length)
+        for i in pieces(x):
+            heads = [_split_heads(t, batch, num_heads)[i] for t in (q, k, v)]
+            result, lse[i] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=1.0)
+            _split_heads(attended, batch, num_heads)[i] = result
+        saved = (rows, mean, rstd) if ctx.needs_input_grad[0] else (None, None, None)
+        ctx.save_for_backward(*saved, q, k, v, attended, lse, qkv_weight, out_weight, set_index)
+        ctx.prefix, ctx.sets, ctx.workspace, ctx.num_heads = (
+            prefix,
+            len(prefix_k) if prefix else 0,
+            workspace,
+            num_heads,
+        )
+        return _product(attended, out_weight, out_bias, rows, out=new("x", *rows.shape)).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        rows, mean, rstd, q, k, v, attended, lse, qkv_weight, out_weight, set_index = ctx.saved_tensors
+        batch, length, width = dy.shape
+        dy = dy.reshape(-1, width)
+        dout = _product(dy, out_weight.t(), out=ctx.workspace.scratch("row", dy, *dy.shape))
+        dqkv = ctx.workspace.scratch("wide", dy, batch, length, 3, ctx.num_heads, width // ctx.num_heads)
+        dprefix = [dy.new_empty(batch, ctx.prefix, *dqkv.shape[3:]) if n else None for n in ctx.needs_input_grad[1:3]]
+        tensors = [_split_heads(t, batch, ctx.num_heads) for t in (dout, q, k, v, attended)]
+        for i in pieces(dqkv):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(t[i] for t in tensors), lse[i], 0.0, False, scale=1.0
+            )
+            dq, dk, dv = (d.transpose(1, 2) for d in grads)
+            for own, d in zip(dqkv[i].unbind(2), (dq, dk[:, ctx.prefix :], dv[:, ctx.prefix :]), strict=True):
+                own.copy_(d)
+            for prefix, d in zip(dprefix, (dk, dv), strict=True):
+                if prefix is not None:
+                    prefix[i] = d[:, : ctx.prefix]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dh = _product(dqkv.view(len(dy), 3 * width), qkv_weight.t(), out=dout)
+            dx = ctx.workspace.normalize_backward(dh, rows, mean, rstd, dy).view(batch, length, width)
+        dprefix = [None if d is None else _sum_by_set(d, set_index, ctx.sets) for d in dprefix]
+        return dx, *dprefix, *[None] * 9
+
+
+def _split_heads(x: Tensor, batch: int, num_heads: int) -> Tensor:
+    """(B * L, D) or (B, L, D) -> (B, H, L, K), a view."""
+    return x.view(batch, -1, num_heads, x.shape[-1] // num_heads).transpose(1, 2)
+
+
+def _sum_by_set(x: Tensor, set_index: Tensor | None, sets: int) -> Tensor:
+    """(S, ...) sums of x (B, ...) over the sequences of each set."""
+    if set_index is None:
+        return x.sum(dim=0, keepdim=True)
+    return x.new_zeros(sets, *x.shape[1:]).index_add_(0, set_index, x.contiguous())
+
+
+class PrependRows(torch.autograd.Function):
+    """See :func:`prepend_rows`; the prefix's gradient is summed over the sequences of each set."""
+
+    @staticmethod
+    def forward(ctx, prefix, x, set_index):  # type: ignore[no-untyped-def]
+        ctx.shape, ctx.set_index = prefix.shape, set_index
+        length = prefix.shape[1]
+        buffer = x.new_empty(x.shape[0], length + x.shape[1], *x.shape[2:])
+        buffer[:, :length] = prefix if set_index is None else prefix[set_index]
+        buffer[:, length:] = x
+        return buffer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        length = ctx.shape[1]
+        prefix_grad = None
+        if ctx.needs_input_grad[0]:
+            prefix_grad = _sum_by_set(grad[:, :length], ctx.set_index, ctx.shape[0])
+        return prefix_grad, grad[:, length:] if ctx.needs_input_grad[1] else None, None
+
+
+def _runs(runs: tuple[tuple[int, int], ...], last_only: bool) -> Iterator[tuple[int, int, int, slice, slice]]:
+    """(classes, queries per class, rows per class, slice of the queries, slice of the rows) of each run."""
+    query = row = 0
+    for count, length in runs:
+        queries = 1 if last_only else length
+        yield count, queries, length, slice(query, query + count * queries), slice(row, row + count * length)
+        query, row = query + count * queries, row + count * length
+
+
+class PackedAttention(torch.autograd.Function):
+    """upt_fast.ops.packed_attention for S sets with the same runs: q, k, v (S, N, H, K), prefixes (S, P, H, K).
+
+    Per run of equal lengths a small dense attention; the prefix's scores and gradients are one product per set and head
+    over the rows of all classes. Probabilities are kept for backward: P + length numbers per row and head. Against
+    padded scaled_dot_product_attention this is 2x (100 classes) to 3.7x (1000) faster forward and backward on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, runs, last_only):  # type: ignore[no-untyped-def]
+        length_p = prefix_k.shape[1]
+        prefix_scores = torch.matmul(q.transpose(1, 2), prefix_k.permute(0, 2, 3, 1))  # (S, H, Nq, P)
+        prefix_probs = torch.empty_like(prefix_scores)
+        out, probs = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        for count, queries, length, qs, ks in _runs(runs, last_only):
+            qb, kb, vb = (_per_class(t, i, count) for t, i in ((q, qs), (k, ks), (v, ks)))  # (S, c, H, l, K)
+            scores = q.new_empty(len(q), count, q.shape[2], queries, length_p + length)
+            scores[..., :length_p] = _per_class_of_heads(prefix_scores, qs, count)
+            own = scores[..., length_p:]
+            own.copy_(torch.matmul(qb, kb.transpose(-1, -2)))
+            if queries > 1:
+                own.masked_fill_(torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
+            p = torch.softmax(scores, dim=-1)
+            probs.append(p)
+            _per_class_of_heads(prefix_probs, qs, count).copy_(p[..., :length_p])
+            _per_class(out, qs, count).copy_(torch.matmul(p[..., length_p:], vb))
+        out += torch.matmul(prefix_probs, prefix_v.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *probs)
+        ctx.runs, ctx.last_only = runs, last_only
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        q, k, v, prefix_k, prefix_v, *probs = ctx.saved_tensors
+        length_p = prefix_k.shape[1]
+        dout_h = dout.transpose(1, 2)  # (S, H, Nq, K)
+        prefix_dprobs = torch.matmul(dout_h, prefix_v.permute(0, 2, 3, 1))  # (S, H, Nq, P)
+        prefix_probs, prefix_dscores = torch.empty_like(prefix_dprobs), torch.empty_like(prefix_dprobs)
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        for (count, _, _, qs, ks), p in zip(_runs(ctx.runs, ctx.last_only), probs, strict=True):
+            db, qb, kb, vb = (_per_class(t, i, count) for t, i in ((dout, qs), (q, qs), (k, ks), (v, ks)))
+            dp = torch.empty_like(p)
+            dp[..., :length_p] = _per_class_of_heads(prefix_dprobs, qs, count)
+            dp[..., length_p:] = torch.matmul(db, vb.transpose(-1, -2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            _per_class_of_heads(prefix_dscores, qs, count).copy_(ds[..., :length_p])
+            _per_class_of_heads(prefix_probs, qs, count).copy_(p[..., :length_p])
+            own = ds[..., length_p:]
+            if need_q:
+                _per_class(dq, qs, count).copy_(torch.matmul(own, kb))
+            if need_k:
+                _per_class(dk, ks, count).copy_(torch.matmul(own.transpose(-1, -2), qb))
+            if need_v:
+                _per_class(dv, ks, count).copy_(torch.matmul(p[..., length_p:].transpose(-1, -2), db))
+        if need_q:
+            dq += torch.matmul(prefix_dscores, prefix_k.transpose(1, 2)).transpose(1, 2)
+        dprefix_k = torch.matmul(prefix_dscores.transpose(2, 3), q.transpose(1, 2)).transpose(1, 2)
+        dprefix_v = torch.matmul(prefix_probs.transpose(2, 3), dout_h).transpose(1, 2)
+        own_grads = (d if need else None for d, need in zip((dq, dk, dv), (need_q, need_k, need_v), strict=True))
+        return *own_grads, dprefix_k, dprefix_v, None, None
+
+
+def _per_class(rows: Tensor, part: slice, count: int) -> Tensor:
+    """Rows part of (S, N, H, K) as (S, count, H, l, K), a view."""
+    return rows[:, part].unflatten(1, (count, -1)).transpose(2, 3)
+
+
+def _per_class_of_heads(rows: Tensor, part: slice, count: int) -> Tensor:
+    """Rows part of (S, H, N, P) as (S, count, H, l, P), a view."""
+    return rows[:, :, part].unflatten(2, (count, -1)).transpose(1, 2)

@@ -1,0 +1,50 @@
+"""The one place that calls xformers' memory-efficient attention (Rabe and Staats 2021, arXiv 2112.05682).
+
+xformers is imported at the first call: it is optional, and its import takes long and logs on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from upt_fast.layout import PackedLayout
+
+# kinds of devices it runs on; testing.xformers_on_cpu adds "cpu" and replaces `call` by an exact stand-in
+devices: tuple[str, ...] = ("cuda",)
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+    """xformers' attention of q (B, Q, H, K), already scaled, k and v (B, L, H, K) under a bias object or None."""
+    return _operations().memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without mask, shapes as in :func:`call`."""
+    return call(q, k, v, None)
+
+
+def buffer_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int) -> Tensor:
+    """See upt_fast.ops.buffer_attention."""
+    num_queries = None if q.shape[0] == layout.num_rows else 1
+    return call(q[None], k[None], v[None], _causal_bias(layout, prefix, num_queries, str(q.device)))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _causal_bias(layout: PackedLayout, prefix: int, num_queries: int | None, device: str) -> Any:
+    """Each class's queries over its own block of keys, causal and aligned at the last key."""
+    lengths = [length for runs in layout.sets for count, length in runs for _ in range(count)]
+    bias = _operations().fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+        [num_queries or length for length in lengths], [prefix + length for length in lengths]
+    )
+    return bias.to(device)
+
+
+def _operations() -> Any:
+    from upt_fast.dispatch import quiet_import
+
+    with quiet_import():
+        import xformers.ops
+    return xformers.ops
