@@ -1,6 +1,7 @@
 """Class names -> token ids, checked: what is too long or empty is refused, never cut.
 
-Used by the reference and by the engine alike, for both see the same prompt text "X ... X name." (CoOp, UPT).
+Used by the reference and by the engine alike, for both see the same texts: "X ... X name." (CoOp, UPT), initial words
+in the place of the X (CoOp, CoCoOp, MaPLe) or templates around the name (zero-shot CLIP, VPT).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Tokenizer = Callable[..., Tensor]  # open_clip's: (texts, context_length=...) ->
 class ClassTokens:
     """Token ids of the prompt texts of C classes in a context of T tokens.
 
-    The n tokens after the first stand for the prompts; their ids are placeholders.
+    The n tokens after the first stand for the prompts; their ids are placeholders. Initial words that go on beyond n
+    tokens stay in front of the name. A template's texts have n = 0.
     """
 
     ids: Tensor  # (C, T) int64: [SOS][X] * n [name . EOT pad]
@@ -57,45 +59,110 @@ def clean_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
 
 
 def tokenize_classnames(
-    classnames: Sequence[str], n_text: int, context: TextContext, tokenizer: Tokenizer | None = None
+    classnames: Sequence[str],
+    n_text: int,
+    context: TextContext,
+    tokenizer: Tokenizer | None = None,
+    prefix: str | None = None,
 ) -> ClassTokens:
-    """Token ids of "X ... X name." with n_text placeholders.
+    """Token ids of "X ... X name." with n_text placeholders, or of "<prefix> name.".
 
     Args:
         classnames: C names.
         n_text: placeholder tokens between the start token and the name.
         context: what the tower that will read the ids wants.
         tokenizer: open_clip's tokenizer of that model; None: CLIP's byte-pair tokenizer.
+        prefix: words whose first n_text tokens are the placeholders; further ones stay. None: n_text times "X".
     Raises:
-        ValueError: a name is empty or does not fit the context, with the name; the tokenizer's ids do not fit the
-            tower's vocabulary.
+        ValueError: a name is empty or does not fit the context, with the name; the prefix has fewer than n_text
+            tokens; the tokenizer's ids do not fit the tower's vocabulary.
     """
     names = clean_classnames(classnames)
-    if tokenizer is None:
-        tokenizer = clip_tokenizer()
-    length = context.length
-    texts = [" ".join(["X"] * n_text + [name]) + "." for name in names]
-    # one token more than the context: a text that is cut at the end of this is too long for the tower
-    ids = torch.as_tensor(tokenizer(texts, context_length=length + 1)).long()
-    if ids.shape != (len(names), length + 1) or int(ids.max()) >= context.vocabulary or int(ids.min()) < 0:
+    tokenizer = clip_tokenizer() if tokenizer is None else tokenizer
+    if prefix is not None:
+        count = _count_tokens(prefix, context, tokenizer)
+        if count < n_text:
+            raise ValueError(
+                f"ctx_init={prefix!r} has {count} tokens for {n_text} prompt tokens; wanted at least as many words"
+            )
+    words = " ".join(["X"] * n_text) if prefix is None else prefix
+    texts = [f"{words} {name}." for name in names]
+    return _tokenize(texts, names, classnames, context, tokenizer, f"with {n_text} prompt tokens")
+
+
+def tokenize_template(
+    classnames: Sequence[str], template: str, context: TextContext, tokenizer: Tokenizer | None = None
+) -> ClassTokens:
+    """Token ids of a template with the names in it.
+
+    Args:
+        classnames: C names.
+        template: a text with one {} for the name: "a photo of a {}.".
+        context: what the tower that will read the ids wants.
+        tokenizer: open_clip's tokenizer of that model; None: CLIP's byte-pair tokenizer.
+    Raises:
+        ValueError: as :func:`tokenize_classnames`.
+    """
+    names = clean_classnames(classnames)
+    tokenizer = clip_tokenizer() if tokenizer is None else tokenizer
+    texts = [template.replace("{}", name) for name in names]
+    return _tokenize(texts, names, classnames, context, tokenizer, f"in the template {template!r}")
+
+
+def tokenize_words(words: str, count: int, context: TextContext, tokenizer: Tokenizer | None = None) -> Tensor:
+    """(count,) ids of the first tokens of some words, without the start token.
+
+    Raises:
+        ValueError: the words have fewer tokens, or the ids do not fit the tower's vocabulary.
+    """
+    tokenizer = clip_tokenizer() if tokenizer is None else tokenizer
+    found = _count_tokens(words, context, tokenizer)
+    if found < count:
+        raise ValueError(f"{words!r} has {found} tokens; wanted at least {count}")
+    return _ids([words], context, tokenizer)[0, 1 : 1 + count]
+
+
+def _count_tokens(words: str, context: TextContext, tokenizer: Tokenizer) -> int:
+    return int(end_rows(_ids([words], context, tokenizer), context)[0]) - 1
+
+
+def _ids(texts: list[str], context: TextContext, tokenizer: Tokenizer) -> Tensor:
+    """(C, T + 1) ids: a text that is cut at the end of this is too long for the tower's T."""
+    length = context.length + 1
+    ids = torch.as_tensor(tokenizer(texts, context_length=length)).long()
+    if ids.shape != (len(texts), length) or int(ids.max()) >= context.vocabulary or int(ids.min()) < 0:
         raise ValueError(
             f"the tokenizer gave ids of shape {tuple(ids.shape)} from {int(ids.min())} to {int(ids.max())}; "
-            f"wanted shape {(len(names), length + 1)} and ids below {context.vocabulary}: "
+            f"wanted shape {(len(texts), length)} and ids below {context.vocabulary}: "
             "pass the tokenizer that belongs to this CLIP"
         )
+    return ids
+
+
+def _tokenize(
+    texts: list[str],
+    names: tuple[str, ...],
+    given: Sequence[str],
+    context: TextContext,
+    tokenizer: Tokenizer,
+    where: str,
+) -> ClassTokens:
+    """Ids of one text for each name, checked; given are the names as the user wrote them."""
+    length = context.length
+    ids = _ids(texts, context, tokenizer)
     end = end_rows(ids, context)
     for name, row in zip(names, end.tolist(), strict=True):
         if row >= length:
             shown = name if len(name) <= 80 else f"{name[:77]}..."
             raise ValueError(
-                f"class name {shown!r} with {n_text} prompt tokens needs more than this CLIP's {length} tokens; "
-                "wanted a shorter name (or fewer prompt tokens)"
+                f"class name {shown!r} {where} needs more than this CLIP's {length} tokens; "
+                "wanted a shorter name (or fewer tokens around it)"
             )
     bare = torch.as_tensor(tokenizer(list(names), context_length=length + 1)).long()
     name_lengths = tuple((end_rows(bare, context) - 1).tolist())
     if 0 in name_lengths:
         i = name_lengths.index(0)
-        raise ValueError(f"class name {i} is {classnames[i]!r}: it has no token; wanted at least one letter or digit")
+        raise ValueError(f"class name {i} is {given[i]!r}: it has no token; wanted at least one letter or digit")
     pooled = torch.full_like(end, length - 1) if context.pooling == "last" else end
     return ClassTokens(ids[:, :length].contiguous(), name_lengths, tuple(pooled.tolist()))
 
