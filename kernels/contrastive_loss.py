@@ -249,7 +249,7 @@ def contrastive_loss_fwd(
         _check_labels(labels, class_ranges, len(text_features))
     images, texts = rows_of(image_features), rows_of(text_features)
     (B, E), C = images.shape, len(texts)
-    block_b, block_c = 32, 32
+    block_b, block_c = 32, 64
     splits, chunk = _split(triton.cdiv(B, block_b), C, block_c)
     lse, label_logit = (images.new_empty(splits, B, dtype=torch.float32) for _ in range(2))
     image_norm, text_norm = _norm(images), _norm(texts)
@@ -299,8 +299,8 @@ def contrastive_loss_bwd(
         x, y, x_norm, y_norm = y, x, y_norm, x_norm
     (R, E), Q = x.shape, len(y)
     # the widest that stay in registers; 16-bit rows are multiplied by tensor cores, which a 32-bit sum cannot use
-    block_r, block_q, (block_e, block_k) = 32, 16, (256, 32) if x.dtype == torch.float32 else (128, 64)
-    block_e = max(16, min(block_e, triton.next_power_of_2(E)))
+    block_r, block_q, block_k = 32, 16, 32 if x.dtype == torch.float32 else 64
+    block_e = 256 if x.dtype == torch.float32 and E > 128 else 128
     grid = triton.cdiv(R, block_r), triton.cdiv(E, block_e)
     splits, chunk = _split(grid[0] * grid[1], Q, block_q)
     g = x.new_empty(splits, R, E, dtype=torch.float32 if splits > 1 else x.dtype)

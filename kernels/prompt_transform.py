@@ -463,16 +463,15 @@ def prompt_transform(
 
 
 def workloads() -> Iterator[Workload]:
-    """Eight prompts for each of twelve layers of ViT-B/16 and L/14, in both forms."""
+    """Eight prompts for each of twelve layers of ViT-B/16 and L/14, in both forms, in the learner's float32."""
     for name, d, w in (("B/16", 512, 768), ("L/14", 768, 1024)):
-        for dtype in (torch.float32, torch.bfloat16):
-            shapes = [(3 * d, d), (3 * d,), (d, d), *[(d,)] * 5, (d, d), (d,), (d, d), (d,), (w, d), (w,)]
-            u, *params = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(12, 8, d), *shapes])
-            weights = [t for key, t in zip(_NAMES, params, strict=True) if key in _WEIGHTS]
-            for released in (False, True):
-                label = f"{'released' if released else 'paper'} {name} {str(dtype).removeprefix('torch.')}"
-                fwd = (u, params, 4, 1, 1e-5, 1e-5, released)
-                text, visual, *steps = _outputs(u, params, 4, 1, released)
-                bwd = (text, visual, weights, *steps, released)
-                yield f"forward {label}", lambda fwd=fwd: prompt_transform_fwd(*fwd)
-                yield f"backward {label}", lambda bwd=bwd: prompt_transform_bwd(*bwd)
+        shapes = [(3 * d, d), (3 * d,), (d, d), *[(d,)] * 5, (d, d), (d,), (d, d), (d,), (w, d), (w,)]
+        u, *params = (torch.empty(shape, device="meta") for shape in [(12, 8, d), *shapes])
+        weights = [t for key, t in zip(_NAMES, params, strict=True) if key in _WEIGHTS]
+        for released in (False, True):
+            label = f"{'released' if released else 'paper'} {name} float32"
+            fwd = (u, params, 4, 1, 1e-5, 1e-5, released)
+            text, visual, *steps = _outputs(u, params, 4, 1, released)
+            bwd = (text, visual, weights, *steps, released)
+            yield f"forward {label}", lambda fwd=fwd: prompt_transform_fwd(*fwd)
+            yield f"backward {label}", lambda bwd=bwd: prompt_transform_bwd(*bwd)

@@ -44,30 +44,9 @@ def inputs(layers: int, n: int, d: int, w: int, dtype: torch.dtype = torch.float
     ]
 
 
-def formula(
-    u,
-    w_in,
-    b_in,
-    w_out,
-    b_out,
-    g1,
-    c1,
-    g2,
-    c2,
-    w1,
-    b1,
-    w2,
-    b2,
-    w_mlp,
-    b_mlp,
-    *,
-    n_text,
-    num_heads,
-    eps1,
-    eps2,
-    released,
-):
+def formula(u, *params, n_text, num_heads, eps1, eps2, released):
     """UPT's transform, step by step as in the paper or in the published code."""
+    w_in, b_in, w_out, b_out, g1, c1, g2, c2, w1, b1, w2, b2, w_mlp, b_mlp = params
     d = u.shape[-1]
 
     def ffn(x):
@@ -91,25 +70,24 @@ def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor], douts: list[Ten
     return torch.autograd.grad(outputs, leaves, douts, materialize_grads=True)
 
 
-def check(leaves: list[Tensor], options: dict, u: Tensor | None = None) -> None:
-    """Outputs and every gradient against the formula in float64; u, where given, is a view of the first leaf."""
+def check(leaves: list[Tensor], **options) -> None:
+    """Outputs and every gradient against the formula in float64."""
     tolerance, tolerance_grad = TOLERANCES[leaves[0].dtype]
-    u = leaves[0] if u is None else u
-    got = prompt_transform(u, *leaves[1:], **options)
-    exact = [t.detach().double().requires_grad_() for t in (u, *leaves[1:])]
+    got = prompt_transform(*leaves, **options)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
     wanted = formula(*exact, **options)
     douts = [torch.randn_like(t) for t in got]
     for g, t in zip(got, wanted, strict=True):
-        assert g.dtype == u.dtype
+        assert g.dtype == leaves[0].dtype
         assert relative_rms(g, t) <= tolerance
-    got_grads = gradients(got, [u, *leaves[1:]], douts)
+    got_grads = gradients(got, leaves, douts)
     wanted_grads = gradients(wanted, exact, [t.double() for t in douts])
     for i, (g, t) in enumerate(zip(got_grads, wanted_grads, strict=True)):
         assert g.dtype == leaves[i].dtype
         assert relative_rms(g, t) <= tolerance_grad, f"gradient {i}"
     if options["released"]:
-        assert not got_grads[1][: 2 * u.shape[-1]].any()
-        assert not got_grads[2][: 2 * u.shape[-1]].any()
+        queries_and_keys = 2 * leaves[0].shape[-1]
+        assert not any(g[:queries_and_keys].any() for g in got_grads[1:3])
 
 
 @FORMS
@@ -120,14 +98,13 @@ def check(leaves: list[Tensor], options: dict, u: Tensor | None = None) -> None:
     ids=["odd", "heads", "wide"],
 )
 def test_formula(layers, n, d, w, n_text, num_heads, dtype, released):
-    options = dict(n_text=n_text, num_heads=num_heads, released=released, **EPS)
-    check(inputs(layers, n, d, w, dtype), options)
+    check(inputs(layers, n, d, w, dtype), n_text=n_text, num_heads=num_heads, released=released, **EPS)
 
 
 @FORMS
 @pytest.mark.parametrize(("n", "n_text"), [(3, 0), (3, 3), (1, 1), (40, 11)], ids=["visual", "text", "one", "many"])
 def test_token_counts(n, n_text, released):
-    check(inputs(1, n, 33, 20), dict(n_text=n_text, num_heads=1, released=released, **EPS))
+    check(inputs(1, n, 33, 20), n_text=n_text, num_heads=1, released=released, **EPS)
 
 
 @FORMS
@@ -137,7 +114,7 @@ def test_not_contiguous(released):
     params = [p.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for p in params]
     assert not u.is_contiguous()
     assert not params[0].is_contiguous()
-    check([u, *params], dict(n_text=1, num_heads=2, released=released, **EPS))
+    check([u, *params], n_text=1, num_heads=2, released=released, **EPS)
 
 
 @FORMS
