@@ -74,7 +74,7 @@ def _dots(
 
 
 @triton.jit
-def _fwd_kernel(
+def _contrastive_loss_fwd_kernel(
     image_ptr,  # (B, E)
     text_ptr,  # (C, E)
     image_norm_ptr,  # (B,) fp32
@@ -130,7 +130,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_kernel(
+def _contrastive_loss_bwd_kernel(
     x_ptr,  # (R, E), the side whose gradient this is: images, or texts if OF_TEXT
     y_ptr,  # (Q, E), the other side
     x_norm_ptr,  # (R,) fp32
@@ -254,7 +254,7 @@ def contrastive_loss_fwd(
     lse, label_logit = (images.new_empty(splits, B, dtype=torch.float32) for _ in range(2))
     image_norm, text_norm = _norm(images), _norm(texts)
     launch(
-        _fwd_kernel,
+        _contrastive_loss_fwd_kernel,
         (triton.cdiv(B, block_b), splits),
         image_ptr=images,
         text_ptr=texts,
@@ -306,7 +306,7 @@ def contrastive_loss_bwd(
     g = x.new_empty(splits, R, E, dtype=torch.float32 if splits > 1 else x.dtype)
     along = x.new_empty(splits, R, dtype=torch.float32)
     launch(
-        _bwd_kernel,
+        _contrastive_loss_bwd_kernel,
         (*grid, splits),
         x_ptr=x,
         y_ptr=y,
