@@ -112,3 +112,13 @@ def test_xformers_is_imported_only_where_it_could_run(monkeypatch):
         assert imported == ["xformers.ops"]
     finally:
         dispatch._missing.cache_clear()
+
+
+def test_what_xformers_refuses_is_said_with_its_reasons():
+    """The package at hand refuses a CPU tensor: its own reasons come through."""
+    from upt_fast import memory_efficient
+
+    q = torch.randn(1, 3, 2, 8)
+    with pytest.raises(ValueError, match="xformers refuses; name 'torch'") as caught:
+        memory_efficient.attention(q.cpu(), q.cpu(), q.cpu())
+    assert "device=cpu" in str(caught.value)

@@ -17,8 +17,17 @@ devices: tuple[str, ...] = ("cuda",)
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
-    """xformers' attention of q (B, Q, H, K), already scaled, k and v (B, L, H, K) under a bias object or None."""
-    return _operations().memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0)
+    """xformers' attention of q (B, Q, H, K), already scaled, k and v (B, L, H, K) under a bias object or None.
+
+    Raises:
+        ValueError: none of xformers' operators takes this input; with their reasons.
+    """
+    try:
+        return _operations().memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"no backend for attention: xformers refuses; name 'torch' or 'triton' instead\n{error}"
+        ) from error
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -283,4 +283,6 @@ def test_workloads_launch_every_kernel():
         for _, call in kernel.workloads():
             call()
     assert len(launches) == 12
-    assert {kernel._fwd_kernel, kernel._bwd_kernel} == {launch.kernel for launch in launches}
+    assert {kernel._contrastive_loss_fwd_kernel, kernel._contrastive_loss_bwd_kernel} == {
+        launch.kernel for launch in launches
+    }
