@@ -1,131 +1,107 @@
-"""FastUPT against the reference on a GPU, in one command: ``python bench/gpu_suite.py OUT [--dry]``.
+"""All that is to be measured on a machine with a GPU, in one command: ``python bench/gpu_suite.py OUT``.
 
-Writes OUT/results.json and, for the fast step, OUT/profile-<dtype>.txt: environment; error of logits and gradients
-against float64 in float32, bfloat16 and float16, beside the reference's own error; median step time and peak memory
-of reference, truncated and fast. ``--dry`` runs every part on the CPU at a tiny size.
+Parts, each of which stops starting measurements after --minutes and goes on where it was when it is run again:
+
+environment  versions; matrix products, memory and launches at best
+closeness    logits and gradients in fp32, tf32, bf16, fp16 against float64: at most 1.5 times the reference's own error
+tests        pytest of the kernels on the GPU
+steps        training steps: reference, truncated, truncated with torch.compile, fast with each backend
+ops          every op forward and backward: PyTorch, torch.compile, each backend
+profile      a step's kernels, its share of the GEMM peak, its gaps
+memory       the largest batch in 16, 24 and 80 GiB
+sanitizer    every kernel under compute-sanitizer's memcheck and racecheck
+
+Each writes OUT/<part>.json after every measurement; OUT/report.md shows them all. What was measured in the same
+environment (device, versions, sources) is not measured again. Exits with 1 where a correctness check failed.
+``--dry`` runs every part on the CPU at tiny sizes, kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
+import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from gpu import checkout, processes
 
-from upt_fast.files import write_text
-from upt_fast.testing import PROVIDERS, bench_classnames, random_clip, relative_rms, vit_b16
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS = ("environment", "closeness", "tests", "steps", "ops", "profile", "memory", "sanitizer")
+GRACE = 25.0  # seconds that a measurement may go on after its part's time
+STARTS = 8  # of a part's process
+RESTART = 75  # gpu/worker.py's exit code: a new process can go on
 
 
-def build(provider: str, clip: nn.Module, classes: int) -> nn.Module:
-    torch.manual_seed(0)
-    return PROVIDERS[provider](clip, bench_classnames(classes)).train()
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("out", type=Path, nargs="?", help="folder for the results")
+    found.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}")
+    found.add_argument("--minutes", type=float, default=9.0, help="after which a part starts no measurement (9)")
+    found.add_argument("--fresh", action="store_true", help="measure the chosen parts again from the beginning")
+    found.add_argument("--dry", action="store_true", help="every part on the CPU at tiny sizes")
+    found.add_argument("--exercise", nargs="+", metavar="KERNEL", help=argparse.SUPPRESS)
+    found.add_argument("--worker", nargs="+", choices=PARTS, help=argparse.SUPPRESS)
+    found.add_argument("--died", default="", help=argparse.SUPPRESS)
+    return found
 
 
-def step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    logits = model(images)
-    F.cross_entropy(logits.float(), labels).backward()
-    return logits.detach()
+def worker_environment(dry: bool) -> dict[str, str]:
+    """Triton reads how to run kernels when it is imported, so it is settled before the process starts."""
+    found = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "UPT_FAST_BACKEND")}
+    return found | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})
 
 
-def gradients(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+def supervise(args: argparse.Namespace, parts: Sequence[str]) -> int:
+    """Run parts in a process of their own, which a measurement may break or block."""
+    end = time.monotonic() + 60 * args.minutes * len(parts)
+    died = ""
+    for _ in range(STARTS):
+        minutes = max(end - time.monotonic(), 0.0) / 60 / len(parts)
+        command = [sys.executable, __file__, str(args.out), "--worker", *parts, "--minutes", str(minutes)]
+        command += ["--dry"] * args.dry + ["--died", died] * bool(died)
+        code, _ = processes.run(command, end + GRACE - time.monotonic(), worker_environment(args.dry))
+        if code in (0, 1, 2):
+            return code
+        died = "killed at the end of the part's time" if code is None else f"its process ended with {code}"
+        if code is None:
+            break
+        if code != RESTART:
+            print(f"{', '.join(parts)}: the process ended with {code}; starting another", flush=True)
+    from gpu import worker
+
+    passed = [worker.bury(args.out, part, died) for part in parts]
+    return 0 if all(passed) else 1
 
 
-def make_clip(dry: bool, dtype: torch.dtype, device: str) -> nn.Module:
-    return (random_clip() if dry else vit_b16()).to(device, dtype)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser()
+    args = options.parse_args(arguments)
+    checkout.make_importable()
+    if args.exercise:
+        os.environ |= {"TRITON_INTERPRET": "1"} if args.dry else {}
+        from gpu import worker
 
+        return worker.exercise(args.exercise, args.dry)
+    if args.out is None:
+        options.error("OUT is missing: the folder for the results")
+    if args.worker:
+        from gpu import worker
 
-def closeness(dry: bool, device: str, images: Tensor, classes: int) -> list[dict[str, Any]]:
-    """Relative RMS errors against the reference in float64."""
-    batch = images[:2]
-    labels = torch.arange(len(batch), device=device)
-    exact = build("reference", make_clip(dry, torch.float64, device), classes)
-    wanted = step(exact, batch.double(), labels), gradients(exact)
-    rows = []
-    for name, dtype in DTYPES.items():
-        clip = make_clip(dry, dtype, device)
-        for provider in ("reference", "fast"):
-            model = build(provider, clip, classes)
-            logits = step(model, batch.to(dtype), labels)
-            errors = {"logits": relative_rms(logits, wanted[0]), "gradients": relative_rms(gradients(model), wanted[1])}
-            rows.append({"dtype": name, "provider": provider, **errors})
-    return rows
-
-
-def timing(dry: bool, device: str, images: Tensor, classes: int, out: Path) -> list[dict[str, Any]]:
-    """Median milliseconds and peak MiB of a step, and a profile of the fast one."""
-    rows = []
-    for name in ("float32", "bfloat16"):
-        dtype = DTYPES[name]
-        clip, batch = make_clip(dry, dtype, device), images.to(dtype)
-        labels = torch.arange(len(images), device=device) % classes
-        for provider in PROVIDERS:
-            row: dict[str, Any] = {"dtype": name, "provider": provider, "classes": classes, "batch": len(images)}
-            rows.append(row)
-            try:
-                model = build(provider, clip, classes)
-                step(model, batch, labels)
-                if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                seconds = []
-                for _ in range(2 if dry else 10):
-                    start = time.perf_counter()
-                    step(model, batch, labels)
-                    if device == "cuda":
-                        torch.cuda.synchronize()
-                    seconds.append(time.perf_counter() - start)
-            except torch.OutOfMemoryError:
-                row["out_of_memory"] = True
-                torch.cuda.empty_cache()
-                continue
-            row["median_ms"] = round(1e3 * statistics.median(seconds), 3)
-            if device == "cuda":
-                row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-            if provider == "fast":
-                with torch.profiler.profile() as profile:
-                    step(model, batch, labels)
-                key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
-                table = profile.key_averages().table(sort_by=key, row_limit=30)
-                write_text(out / f"profile-{name}-C{classes}.txt", table + "\n")
-            del model
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--dry", action="store_true", help="every part on the CPU at a tiny size")
-    args = parser.parse_args()
-    if not args.dry and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --dry runs every part on the CPU at a tiny size")
-    device = "cpu" if args.dry else "cuda"
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(1)
-    size, batch = (32, 2) if args.dry else (224, 32)
-    images = torch.randn(batch, 3, size, size, device=device)
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "dry": args.dry,
-    }
-    results["closeness"] = closeness(args.dry, device, images, 5 if args.dry else 20)
-    write_text(args.out / "results.json", json.dumps(results, indent=2) + "\n")
-    results["timing"] = []
-    for classes in (5,) if args.dry else (100, 1000):
-        results["timing"] += timing(args.dry, device, images, classes, args.out)
-        write_text(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+        return worker.run(args.out, args.worker, args.dry, args.minutes, args.died)
+    parts = [part for part in PARTS if args.only is None or part in args.only]
+    if args.fresh:
+        for part in parts:
+            (args.out / f"{part}.json").unlink(missing_ok=True)
+    # imports take longer than tiny measurements: a dry run has one process
+    codes = []
+    for group in [parts] if args.dry else [[part] for part in parts]:
+        codes.append(supervise(args, group))
+        if codes[-1] == 2:
+            return 2
+    print(f"results in {args.out}/report.md", flush=True)
+    return max(codes)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

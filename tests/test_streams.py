@@ -19,7 +19,8 @@ from upt_fast.verify import run_verify
 
 NAMES = ["cat", "dog", "aeroplane", "traffic light", "x"]
 GOLDEN = Path(__file__).parent / "golden"
-CLIP = random_clip(vision_layers=2, text_layers=2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLIP = random_clip(vision_layers=2, text_layers=2).to(DEVICE)
 OPTIONS = [
     pytest.param({}, id="paper"),
     pytest.param({"preset": "released"}, id="released"),
@@ -32,7 +33,7 @@ OPTIONS = [
 def run(model, images):
     model.zero_grad(set_to_none=True)
     logits = model(images)
-    F.cross_entropy(logits.float(), torch.arange(len(images)) % len(NAMES)).backward()
+    F.cross_entropy(logits.float(), torch.arange(len(images), device=DEVICE) % len(NAMES)).backward()
     return logits.detach(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
@@ -52,7 +53,7 @@ def close(reference, fast, images, tolerance=3e-5):
 
 
 def images(count=2, dtype=torch.float32):
-    return torch.randn(count, 3, 32, 32, dtype=dtype)
+    return torch.randn(count, 3, 32, 32, dtype=dtype).to(DEVICE)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -88,7 +89,7 @@ def test_triton_beside_xformers():
 )
 def test_streams_in_float64(memory, clip_options):
     """The route itself, exact to rounding: reserved rows, buffers, pending residuals, and their gradients."""
-    clip = random_clip(**clip_options).double()
+    clip = random_clip(**clip_options).double().to(DEVICE)
     with xformers_on_cpu():
         reference, fast = pair(clip, memory=memory, backend="xformers,torch")
         close(reference, fast, images(3, torch.float64), 1e-12)
@@ -102,9 +103,9 @@ def test_prompt_sets(sets):
     from upt_fast.towers.text import TextTower
     from upt_fast.towers.vision import VisionTower
 
-    clip = frozen_clip(random_clip().double())
-    prompts = torch.randn(sets, 2, 3, clip.vision.width, dtype=torch.float64, requires_grad=True)
-    set_index = None if sets == 1 else torch.tensor([2, 0, 2, 0])
+    clip = frozen_clip(random_clip().double().to(DEVICE))
+    prompts = torch.randn(sets, 2, 3, clip.vision.width, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    set_index = None if sets == 1 else torch.tensor([2, 0, 2, 0], device=DEVICE)
     batch = images(4, torch.float64)
     found = []
     for backend in ("torch", "torch,triton"):
@@ -116,7 +117,7 @@ def test_prompt_sets(sets):
         assert relative_rms(got, wanted) <= 1e-12
 
     tokens = tokenize_classnames(NAMES, 2, clip.text.context)
-    text_prompts = torch.randn(sets, 2, 2, clip.text.width, dtype=torch.float64, requires_grad=True)
+    text_prompts = torch.randn(sets, 2, 2, clip.text.width, dtype=torch.float64, device=DEVICE, requires_grad=True)
     class_sets = [0, 0, sets - 1, sets - 1, 0]
     found = []
     for backend in ("torch", "torch,triton"):
@@ -128,14 +129,14 @@ def test_prompt_sets(sets):
 
 
 def test_verify_passes_on_the_golden_vectors(capsys):
-    assert run_verify(GOLDEN, "cpu", "float32", "triton") == 0
+    assert run_verify(GOLDEN, DEVICE, "float32", "triton") == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"^upt\S*\s+ok", out, re.MULTILINE)) == 3
 
 
 def test_float64_says_why_not(capsys):
     with pytest.raises(ValueError, match=r"no backend for .*\n.*float64 cpu\n    triton: float64 \(takes"):
-        run_verify(None, "cpu", "float64", "triton")
+        run_verify(None, DEVICE, "float64", "triton")
 
 
 def test_half_precision_streams():
@@ -169,7 +170,7 @@ def test_compiles_as_one_graph(backend):
 def test_autocast(backend):
     reference, fast = pair(backend=backend)
     batch = images()
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         got = run(fast, batch)
         own = run(reference, batch)
     for g, o, w in zip(got, own, run(reference, batch), strict=True):
@@ -215,7 +216,7 @@ def test_one_model_in_two_threads():
 def test_loss(backend):
     """The mean cross-entropy of the logits, and its gradients."""
     reference, fast = pair(backend=backend)
-    batch, labels = images(3), torch.tensor([4, 0, 2])
+    batch, labels = images(3), torch.tensor([4, 0, 2], device=DEVICE)
     wanted = F.cross_entropy(reference(batch), labels)
     got = fast.loss(batch, labels)
     assert abs(float((got - wanted).detach())) <= 1e-5 * float(wanted.detach())

@@ -1,0 +1,104 @@
+"""The process that measures: gpu_suite.py starts it, and starts it again when a measurement has broken it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from gpu import closeness, environment, memory, ops, outside, profile, report, steps
+from gpu.machine import Machine
+from gpu.models import Clips
+from gpu.record import PartFile, run_part
+
+from upt_fast import dispatch
+from upt_fast.files import write_text
+from upt_fast.testing import xformers_on_cpu
+
+TASKS = {
+    "environment": environment.tasks,
+    "closeness": closeness.tasks,
+    "tests": outside.test_tasks,
+    "steps": steps.tasks,
+    "ops": ops.tasks,
+    "profile": profile.tasks,
+    "memory": memory.tasks,
+    "sanitizer": outside.sanitizer_tasks,
+}
+RESTART = 75  # exit code: the CUDA context is lost, a new process can go on
+
+
+def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str) -> int:
+    """Measure.
+
+    Args:
+        folder: OUT.
+        parts: keys of TASKS.
+        dry: on the CPU, at tiny sizes.
+        minutes: for each part.
+        died: how the process before this one ended, where it did not end well.
+    Returns:
+        exit code: 0, 1 where a check failed, 2 without a GPU, RESTART.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a measurement started ends too
+    machine = Machine(dry)
+    if no_device(machine):
+        return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    described = machine.environment()
+    clips = Clips(machine)
+    passed = True
+    with stand_in(machine):
+        for part in parts:
+            file = PartFile(folder, part)
+            file.bury(died or "its process died")
+            sound = run_part(file, TASKS[part](machine, clips), described, minutes, machine.healthy)
+            write_report(folder, described[0])
+            if not sound:
+                return RESTART
+            passed &= file.passed(described[0])
+            machine.release()
+    return 0 if passed else 1
+
+
+def no_device(machine: Machine) -> bool:
+    """Whether the GPU is missing, which is said."""
+    if machine.dry or torch.cuda.is_available():
+        return False
+    print("gpu_suite.py: no CUDA device here; --dry runs every part on the CPU at a tiny size", file=sys.stderr)
+    return True
+
+
+def stand_in(machine: Machine) -> contextlib.AbstractContextManager:
+    """In a dry run exact attention in the place of xformers', which has none for a CPU."""
+    installed = machine.dry and not dispatch.refusals("xformers", "cuda")
+    return xformers_on_cpu() if installed else contextlib.nullcontext()
+
+
+def write_report(folder: Path, environment: str) -> None:
+    """OUT/report.md, of all parts measured so far."""
+    write_text(folder / "report.md", report.markdown([PartFile(folder, part) for part in TASKS], environment))
+
+
+def bury(folder: Path, part: str, reason: str) -> bool:
+    """After a worker that will not be started again: say what became of its measurement; whether the part passed."""
+    file = PartFile(folder, part)
+    if file.current is None:
+        return False
+    file.bury(reason)
+    write_report(folder, file.current)
+    return file.passed(file.current)
+
+
+def exercise(kernels: Sequence[str], dry: bool) -> int:
+    """Run each kernel file's ops on small inputs; prints what it found as JSON, 1 where it is wrong."""
+    machine = Machine(dry)
+    if no_device(machine):
+        return 2
+    found = {kernel: outside.exercise(kernel, machine) for kernel in kernels}
+    print(json.dumps(found, indent=1))
+    return 1 if any(row.get("status") == "failed" for row in found.values()) else 0
