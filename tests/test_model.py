@@ -1111,3 +1111,14 @@ def test_the_clip_is_left_untouched(training):
     assert {n: m.training for n, m in clip.named_modules()} == modes
     assert all(p.grad is None for p in clip.parameters())
     assert all(torch.equal(t, state[n]) and t.dtype == torch.float32 for n, t in clip.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "option", [{"transform": "mlp"}, {"shared": True}, {"joint": True}, {"layerwise": False}], ids=str
+)
+def test_ablations_are_refused(option):
+    from upt_fast.config import UPTAblationConfig
+
+    with pytest.raises(ValueError, match="FastUPT computes no ablation"):
+        FastUPT(make_clip(), NAMES, tokenizer=read_tokenizer(), config=UPTAblationConfig(**option))
+    FastUPT(make_clip(), NAMES, tokenizer=read_tokenizer(), config=UPTAblationConfig())

@@ -18,7 +18,7 @@ from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames
-from upt_fast.config import UPTConfig, require_choice
+from upt_fast.config import UPTAblationConfig, UPTConfig, require_choice
 from upt_fast.prompts.unified import Prompts, UnifiedPromptLearner
 from upt_fast.towers.blocks import MEMORY_LEVELS
 from upt_fast.towers.text import TextTower
@@ -341,6 +341,8 @@ def make_config(config: UPTConfig | None, options: dict[str, Any]) -> UPTConfig:
     """One UPTConfig from either of the two ways to give options; a ValueError names unknown ones."""
     if config is not None and options:
         raise ValueError(f"config and {', '.join(options)} given; wanted one or the other")
+    if isinstance(config, UPTAblationConfig) and config != UPTAblationConfig.of(UPTConfig(**_upt_fields(config))):
+        raise ValueError(f"{config}: FastUPT computes no ablation in this version; ReferenceUPT does")
     if config is not None:
         return config
     known = [field.name for field in dataclasses.fields(UPTConfig)]
@@ -348,6 +350,10 @@ def make_config(config: UPTConfig | None, options: dict[str, Any]) -> UPTConfig:
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}; wanted some of {', '.join(known)}")
     return UPTConfig(**options)
+
+
+def _upt_fields(config: UPTConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(UPTConfig)}
 
 
 def read_description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
