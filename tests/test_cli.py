@@ -247,7 +247,12 @@ def test_interrupt_says_how_to_resume(data, tmp_path, capfd):
     command = [*train_command(data, out), "--epochs", "4000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "upt_fast", *command], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "upt_fast", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a shell's background job ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (out / "last").exists() and process.poll() is None and time.monotonic() < deadline:

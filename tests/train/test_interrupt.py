@@ -8,6 +8,14 @@ import pytest
 from upt_fast.train.interrupt import InterruptBetweenSteps
 
 
+@pytest.fixture(autouse=True)
+def _python_s_own_handler():
+    """Also where the tests run as a shell's background job, which ignores SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def test_the_first_waits_for_the_check():
     with InterruptBetweenSteps() as interrupt:
         interrupt.check()
