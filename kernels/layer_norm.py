@@ -18,6 +18,21 @@ from upt_fast.kernels._launch import Workload, launch, row_tile, rows_of
 
 
 @triton.jit
+def normalize(x, mask, N, eps):
+    """h and 1 / std of the rows of a tile (BLOCK_M, BLOCK_N) that is zero outside mask."""
+    centred = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def normalize_bwd(dh, h, rstd, N):
+    """The gradient of the rows that :func:`normalize` took, from that of h; tiles are zero outside their mask."""
+    mean_dh, mean_dh_h = tl.sum(dh, axis=1) / N, tl.sum(dh * h, axis=1) / N
+    return rstd[:, None] * (dh - mean_dh[:, None] - h * mean_dh_h[:, None])
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,  # (M, N)
     y_ptr,  # (M, N) or None
@@ -40,10 +55,8 @@ def _layer_norm_fwd_kernel(
     if HAS_RESIDUAL:
         s += tl.load(y_ptr + rows[:, None] * stride_y_row + cols[None, :], mask, other=0.0).to(tl.float32)
         tl.store(s_ptr + rows[:, None] * N + cols[None, :], s, mask)
-    mean = tl.sum(s, axis=1) / N
-    centred = tl.where(mask, s - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
-    tl.store(h_ptr + rows[:, None] * N + cols[None, :], centred * rstd[:, None], mask)
+    h, rstd = normalize(s, mask, N, eps)
+    tl.store(h_ptr + rows[:, None] * N + cols[None, :], h, mask)
     tl.store(rstd_ptr + rows, rstd, rows < M)
 
 
@@ -68,8 +81,7 @@ def _layer_norm_bwd_kernel(
     dh = tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], mask, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + rows[:, None] * N + cols[None, :], mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + rows, rows < M, other=0.0)
-    mean_dh, mean_dh_h = tl.sum(dh, axis=1) / N, tl.sum(dh * h, axis=1) / N
-    dx = rstd[:, None] * (dh - mean_dh[:, None] - h * mean_dh_h[:, None])
+    dx = normalize_bwd(dh, h, rstd, N)
     if HAS_RESIDUAL:
         dx += tl.load(ds_ptr + rows[:, None] * stride_ds_row + cols[None, :], mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx, mask)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from upt_fast.kernels._launch import INTERPRETED, Workload, launch, row_tile, rows_of
+from upt_fast.kernels.layer_norm import normalize, normalize_bwd
 
 
 @triton.jit
@@ -66,17 +67,9 @@ def _insert_fwd_kernel(
         tl.store(x_ptr + rows[:, None] * D + cols[None, :], x, mask)
     else:
         tl.store(x_ptr + rows[:, None] * D + cols[None, :], x, prompt_mask)
-    mean = tl.sum(x, axis=1) / D
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    tl.store(h_ptr + rows[:, None] * D + cols[None, :], centred * rstd[:, None], mask)
+    h, rstd = normalize(x, mask, D, eps)
+    tl.store(h_ptr + rows[:, None] * D + cols[None, :], h, mask)
     tl.store(rstd_ptr + rows, rstd, row_mask)
-
-
-@triton.jit
-def _normalize_bwd(dh, h, rstd, D):
-    mean_dh, mean_dh_h = tl.sum(dh, axis=1) / D, tl.sum(dh * h, axis=1) / D
-    return rstd[:, None] * (dh - mean_dh[:, None] - h * mean_dh_h[:, None])
 
 
 @triton.jit
@@ -102,7 +95,7 @@ def _insert_bwd_stream_kernel(
     own = mask & ((rows % T) >= P)[:, None]
     dh = tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], own, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + rows[:, None] * D + cols[None, :], own, other=0.0).to(tl.float32)
-    din = _normalize_bwd(dh, h, tl.load(rstd_ptr + rows, rows < M, other=0.0), D)
+    din = normalize_bwd(dh, h, tl.load(rstd_ptr + rows, rows < M, other=0.0), D)
     if HAS_DX:
         din += tl.load(dx_ptr + rows[:, None] * stride_dx_row + cols[None, :], own, other=0.0).to(tl.float32)
     tl.store(din_ptr + rows[:, None] * D + cols[None, :], tl.where(own, din, 0.0), mask)
@@ -139,7 +132,7 @@ def _insert_bwd_prompts_kernel(
         mask = member[:, None] & (cols[None, :] < D)
         dh = tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], mask, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + rows[:, None] * D + cols[None, :], mask, other=0.0).to(tl.float32)
-        grad = _normalize_bwd(dh, h, tl.load(rstd_ptr + rows, member, other=0.0), D)
+        grad = normalize_bwd(dh, h, tl.load(rstd_ptr + rows, member, other=0.0), D)
         if HAS_DX:
             grad += tl.load(dx_ptr + rows[:, None] * stride_dx_row + cols[None, :], mask, other=0.0).to(tl.float32)
         total += tl.sum(tl.where(mask, grad, 0.0), axis=0)

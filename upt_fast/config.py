@@ -215,6 +215,12 @@ class UPTAblationConfig(UPTConfig):
         if self.joint and self.transform == "mlp":
             raise ValueError("transform='mlp' with joint=True: independent prompts are not transformed; wanted 'none'")
 
+    @property
+    def is_upt(self) -> bool:
+        """Whether every ablation is at its default."""
+        names = ("transform", "shared", "joint", "layerwise")
+        return all(getattr(self, name) == getattr(UPTAblationConfig, name) for name in names)
+
     @classmethod
     def of(cls, config: UPTConfig) -> UPTAblationConfig:
         """The config itself, or a plain UPTConfig with the defaults added."""

@@ -341,7 +341,7 @@ def make_config(config: UPTConfig | None, options: dict[str, Any]) -> UPTConfig:
     """One UPTConfig from either of the two ways to give options; a ValueError names unknown ones."""
     if config is not None and options:
         raise ValueError(f"config and {', '.join(options)} given; wanted one or the other")
-    if isinstance(config, UPTAblationConfig) and config != UPTAblationConfig.of(UPTConfig(**_upt_fields(config))):
+    if isinstance(config, UPTAblationConfig) and not config.is_upt:
         raise ValueError(f"{config}: FastUPT computes no ablation in this version; ReferenceUPT does")
     if config is not None:
         return config
@@ -350,10 +350,6 @@ def make_config(config: UPTConfig | None, options: dict[str, Any]) -> UPTConfig:
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}; wanted some of {', '.join(known)}")
     return UPTConfig(**options)
-
-
-def _upt_fields(config: UPTConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(UPTConfig)}
 
 
 def read_description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
