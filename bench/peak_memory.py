@@ -1,4 +1,4 @@
-"""Peak memory of training steps, in a process of its own: ``python bench/peak_memory.py PROVIDER CLASSES BATCH``.
+"""Peak memory of training steps, in a process of its own: ``bench/peak_memory.py PROVIDER CLASSES BATCH [METHOD]``.
 
 Prints JSON: ``activations_mib``, the peak during the steps above what the process held before them (Python, PyTorch,
 weights, inputs), and ``process_mib``, the peak of the whole process. Linux reads both off the kernel's high-water
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from upt_fast.testing import PROVIDERS, bench_classnames, vit_b16
+from upt_fast.testing import bench_classnames, build, vit_b16
 
 
 def status_mib(key: str) -> float:
@@ -27,10 +27,10 @@ def status_mib(key: str) -> float:
     raise RuntimeError(f"no {key} in /proc/self/status")
 
 
-def main(provider: str, classes: int, batch: int) -> dict[str, float]:
+def main(provider: str, classes: int, batch: int, method: str = "upt") -> dict[str, float]:
     torch.manual_seed(0)
     clip = vit_b16()
-    model = PROVIDERS[provider](clip, bench_classnames(classes)).train()
+    model = build(provider, clip, bench_classnames(classes), method).train()
     del clip  # the fast engine has its own weights; the reference keeps it alive
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(classes, (batch,))
     gc.collect()
@@ -46,4 +46,4 @@ def main(provider: str, classes: int, batch: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))

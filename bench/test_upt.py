@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast.testing import PROVIDERS, bench_classnames, relative_rms, vit_b16
+from upt_fast.testing import bench_classnames, build, relative_rms, vit_b16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-4  # relative RMS in float32: logits and all gradients
@@ -37,7 +37,7 @@ def clip() -> nn.Module:
 @cache
 def model(provider: str, classes: int) -> nn.Module:
     torch.manual_seed(0)
-    return PROVIDERS[provider](clip(), bench_classnames(classes)).to(DEVICE).train()
+    return build(provider, clip(), bench_classnames(classes)).to(DEVICE).train()
 
 
 @cache

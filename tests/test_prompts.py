@@ -1,5 +1,6 @@
 """UPT's prompt learner against the plain one, and against dropout masks recorded from the released code."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT, UPTConfig
 from upt_fast.files import load_safetensors
-from upt_fast.prompts import UnifiedPromptLearner
+from upt_fast.prompts import LearnerSetting
+from upt_fast.prompts.unified import UnifiedPromptLearner
 from upt_fast.reference.model import ReferencePromptLearner
 from upt_fast.testing import golden_clip, max_error, relative_rms
 
@@ -20,9 +22,15 @@ DEPTHS = {"paper": [(1, 1), (3, 3), (1, 3), (4, 2)], "released": [(1, 1)]}
 def learners(config: UPTConfig, depth_text: int, depth_vision: int):
     """The reference and the engine's learner with the same values, float64, width 12 -> 10."""
     pair = []
-    for build in (ReferencePromptLearner, UnifiedPromptLearner):
+    setting = LearnerSetting(max(depth_text, 2), 12, max(depth_vision, 2), 10)
+    if config.preset == "paper":
+        config = dataclasses.replace(config, depth_text=depth_text, depth_vision=depth_vision)
+    for build in (
+        lambda: ReferencePromptLearner(config, depth_text, depth_vision, 12, 10),
+        lambda: UnifiedPromptLearner(config, setting),
+    ):
         torch.manual_seed(0)
-        pair.append(build(config, depth_text, depth_vision, 12, 10).double())
+        pair.append(build().double())
     with torch.no_grad():
         for a, b in zip(*(learner.parameters() for learner in pair), strict=True):
             a += 0.1 * torch.randn_like(a)
@@ -148,6 +156,10 @@ def test_training_mode_equals_the_recorded_run(build, monkeypatch, tokenizer):
 
 
 def test_heads_must_divide_the_width():
-    for build in (ReferencePromptLearner, UnifiedPromptLearner):
+    config = UPTConfig(attention_heads=5)
+    for build, sizes in (
+        (ReferencePromptLearner, (1, 1, 12, 10)),
+        (UnifiedPromptLearner, (LearnerSetting(1, 12, 1, 10),)),
+    ):
         with pytest.raises(ValueError, match=r"attention_heads=5.*12"):
-            build(UPTConfig(attention_heads=5), 1, 1, 12, 10)
+            build(config, *sizes)

@@ -10,18 +10,39 @@ from upt_fast.version import __version__
 
 if TYPE_CHECKING:
     from upt_fast.clip import UnsupportedModelError
-    from upt_fast.config import UPTConfig
+    from upt_fast.config import MethodConfig, UPTConfig
+    from upt_fast.methods import list_methods, register_method
     from upt_fast.model import FastPromptedCLIP, FastUPT
-    from upt_fast.reference import ReferenceUPT
+    from upt_fast.prompts import PromptLearner, Prompts
+    from upt_fast.reference import ReferencePromptedCLIP, ReferenceUPT
 
-__all__ = ["FastPromptedCLIP", "FastUPT", "ReferenceUPT", "UPTConfig", "UnsupportedModelError", "__version__"]
+__all__ = [
+    "FastPromptedCLIP",
+    "FastUPT",
+    "MethodConfig",
+    "PromptLearner",
+    "Prompts",
+    "ReferencePromptedCLIP",
+    "ReferenceUPT",
+    "UPTConfig",
+    "UnsupportedModelError",
+    "__version__",
+    "list_methods",
+    "register_method",
+]
 
 _HOMES = {
     "FastPromptedCLIP": "upt_fast.model",
     "FastUPT": "upt_fast.model",
+    "MethodConfig": "upt_fast.config",
+    "PromptLearner": "upt_fast.prompts",
+    "Prompts": "upt_fast.prompts",
+    "ReferencePromptedCLIP": "upt_fast.reference",
     "ReferenceUPT": "upt_fast.reference",
     "UPTConfig": "upt_fast.config",
     "UnsupportedModelError": "upt_fast.clip",
+    "list_methods": "upt_fast.methods",
+    "register_method": "upt_fast.methods",
 }
 
 

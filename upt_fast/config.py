@@ -106,7 +106,19 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class UPTConfig(MethodConfig):
-    """Unified Prompt Tuning (arXiv 2210.07225).
+    """Unified Prompt Tuning (arXiv 2210.07225), and the learners that the paper compares it with.
+
+    The last four options are those ablations, of the preset "paper"; their defaults are UPT. They combine as follows, U
+    being the prompts of a layer and U^ the transformed ones:
+
+    * ``transform`` makes U^ of U: "transformer" by self-attention and feed-forward; "mlp" by the same without the
+      attention, U' = norm1(U); "none" leaves U^ = U. What it does not use has no parameters.
+    * ``shared``: U is one set of n_text = n_visual prompts; all of U^ goes to the text tower and all of it, through the
+      linear map ``mlp``, to the image tower. Otherwise the first n_text rows are the text's, the others the images'.
+    * ``layerwise=False``: one U for all layers instead of one each; each prompted layer gets the same prompts.
+    * ``joint``: text prompts (d wide) and visual prompts (w wide) are parameters of their own, trained together and
+      not transformed (CoOp with deep VPT, at UPT's places). ``transform`` may then be "none" or left alone;
+      ``layerwise=False`` makes one set for all layers of each tower.
 
     Args:
         preset: "paper": prompts interact by self-attention and enter every prompted layer of both towers;
@@ -118,6 +130,10 @@ class UPTConfig(MethodConfig):
         class_token_position: where the class name stands among the text prompts: "end", "middle" or "front".
         attention_heads: heads of the transform's self-attention; must divide the text width.
         dropout: probability inside the transform, in training mode; None: 0 ("paper"), 0.1 ("released").
+        transform: "transformer", "mlp" or "none".
+        shared: one set of prompts for both towers.
+        joint: independent prompts of both towers.
+        layerwise: whether each prompted layer has prompts of its own.
     """
 
     preset: str = "paper"
@@ -128,6 +144,10 @@ class UPTConfig(MethodConfig):
     class_token_position: str = "end"
     attention_heads: int = 1
     dropout: float | None = None
+    transform: str = "transformer"
+    shared: bool = False
+    joint: bool = False
+    layerwise: bool = True
 
     def __post_init__(self) -> None:
         require_choice("preset", self.preset, PRESETS)
@@ -144,6 +164,25 @@ class UPTConfig(MethodConfig):
         number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
         if self.dropout is not None and not (number and 0.0 <= self.dropout < 1.0):
             raise ValueError(f"dropout={self.dropout!r}; wanted a probability in [0, 1)")
+        self._check_ablations()
+
+    def _check_ablations(self) -> None:
+        require_choice("transform", self.transform, TRANSFORMS)
+        for name in ("shared", "joint", "layerwise"):
+            require_bool(name, getattr(self, name))
+        for name in ("transform", "shared", "joint", "layerwise"):
+            value = getattr(self, name)
+            if self.preset == "released" and value != getattr(UPTConfig, name):
+                raise ValueError(f"{name}={value!r} with preset='released'; wanted preset='paper'")
+        if self.shared and self.n_text != self.n_visual:
+            raise ValueError(
+                f"n_text={self.n_text} and n_visual={self.n_visual} with shared=True: one set of prompts feeds both "
+                "towers; wanted equal numbers"
+            )
+        if self.joint and self.shared:
+            raise ValueError("joint=True and shared=True; wanted one or the other")
+        if self.joint and self.transform == "mlp":
+            raise ValueError("transform='mlp' with joint=True: independent prompts are not transformed; wanted 'none'")
 
     @property
     def dropout_p(self) -> float:
@@ -167,64 +206,6 @@ class UPTConfig(MethodConfig):
                 depth = 1
             depths.append(require_depth(name, depth, layers))
         return depths[0], depths[1]
-
-
-@dataclass(frozen=True)
-class UPTAblationConfig(UPTConfig):
-    """UPT and the learners that the paper compares it with, all of the preset "paper" (arXiv 2210.07225, ablations).
-
-    The defaults are UPT. Options combine as follows, U being the prompts of a layer and U^ the transformed ones:
-
-    * ``transform`` makes U^ of U: "transformer" by self-attention and feed-forward; "mlp" by the same without the
-      attention, U' = norm1(U); "none" leaves U^ = U. What it does not use has no parameters.
-    * ``shared``: U is one set of n_text = n_visual prompts; all of U^ goes to the text tower and all of it, through the
-      linear map ``mlp``, to the image tower. Otherwise the first n_text rows are the text's, the others the images'.
-    * ``layerwise=False``: one U for all layers instead of one each; each prompted layer gets the same prompts.
-    * ``joint``: text prompts (d wide) and visual prompts (w wide) are parameters of their own, trained together and
-      not transformed (CoOp with deep VPT, at UPT's places). ``transform`` may then be "none" or left alone;
-      ``layerwise=False`` makes one set for all layers of each tower.
-
-    Args:
-        transform: "transformer", "mlp" or "none".
-        shared: one set of prompts for both towers.
-        joint: independent prompts of both towers.
-        layerwise: whether each prompted layer has prompts of its own.
-    """
-
-    transform: str = "transformer"
-    shared: bool = False
-    joint: bool = False
-    layerwise: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("transform", self.transform, TRANSFORMS)
-        for name in ("shared", "joint", "layerwise"):
-            require_bool(name, getattr(self, name))
-        for name in ("transform", "shared", "joint", "layerwise"):
-            value = getattr(self, name)
-            if self.preset == "released" and value != getattr(UPTAblationConfig, name):
-                raise ValueError(f"{name}={value!r} with preset='released'; wanted preset='paper'")
-        if self.shared and self.n_text != self.n_visual:
-            raise ValueError(
-                f"n_text={self.n_text} and n_visual={self.n_visual} with shared=True: one set of prompts feeds both "
-                "towers; wanted equal numbers"
-            )
-        if self.joint and self.shared:
-            raise ValueError("joint=True and shared=True; wanted one or the other")
-        if self.joint and self.transform == "mlp":
-            raise ValueError("transform='mlp' with joint=True: independent prompts are not transformed; wanted 'none'")
-
-    @property
-    def is_upt(self) -> bool:
-        """Whether every ablation is at its default."""
-        names = ("transform", "shared", "joint", "layerwise")
-        return all(getattr(self, name) == getattr(UPTAblationConfig, name) for name in names)
-
-    @classmethod
-    def of(cls, config: UPTConfig) -> UPTAblationConfig:
-        """The config itself, or a plain UPTConfig with the defaults added."""
-        return config if isinstance(config, UPTAblationConfig) else cls(**config.to_dict())
 
 
 @dataclass(frozen=True)

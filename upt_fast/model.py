@@ -1,8 +1,7 @@
-"""FastPromptedCLIP: a prompt learner and two prompted frozen towers; FastUPT is its Unified Prompt Tuning."""
+"""FastPromptedCLIP: a prompt learner and two prompted frozen towers; FastUPT is its Unified Prompt Tuning face."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,67 +11,90 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from upt_fast import dispatch, ops
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip
-from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames
-from upt_fast.config import UPTAblationConfig, UPTConfig, require_choice
-from upt_fast.prompts.unified import Prompts, UnifiedPromptLearner
+from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template, tokenize_words
+from upt_fast.config import MethodConfig, UPTConfig, require_choice, require_int
+from upt_fast.methods import Method, find_method, list_methods
+from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 from upt_fast.towers.blocks import MEMORY_LEVELS
+from upt_fast.towers.packing import PackedClasses
 from upt_fast.towers.text import TextTower
 from upt_fast.towers.vision import VisionTower
 
 LEARNER_FILE = "prompt_learner.safetensors"
 FORMAT_VERSION = 1
-DESCRIPTION_KEYS = ("config", "classnames", "clip_name", "clip_pretrained", "preprocess_cfg")
+DESCRIPTION_KEYS = ("method", "config", "classnames", "clip_name", "clip_pretrained", "preprocess_cfg")
+# what the texts of one group of images may need at once, where they depend on the image
+TEXT_BYTES = 512 << 20
 T = TypeVar("T")
-Self = TypeVar("Self", bound="FastUPT")
+Self = TypeVar("Self", bound="FastPromptedCLIP")
 
 
 class FastPromptedCLIP(nn.Module):
-    """A frozen CLIP prompted by a learner: logits of images over class names.
+    """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
-    Only the learner has parameters and a state dict; the CLIP's weights are constants that follow ``.to()``.
+    Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
+    constants that follow ``.to()``. :class:`upt_fast.reference.ReferencePromptedCLIP` takes the same arguments, has the
+    same state dict and computes the same in plain PyTorch.
 
     Args:
-        clip: the frozen CLIP.
-        prompt_learner: module whose forward gives :class:`Prompts`; its parameters become float32 (float64 in a float64
-            CLIP) on the CLIP's device.
+        clip_model: open_clip ``CLIP`` or ``CustomTextCLIP`` with a ViT and a causal text tower. Left untouched; its
+            weights are copied where folding changes them.
         classnames: C class names; underscores become spaces.
-        n_text: prompt tokens in each text.
-        class_token_position: where the class name stands among them: "end", "middle" or "front".
-        tokenizer: open_clip's tokenizer of this CLIP; None: CLIP's byte-pair tokenizer.
-        dtype: dtype of the frozen towers; None: the CLIP's own.
-        memory: "fast", "balanced" or "lean": what backward keeps and what it recomputes (towers/blocks.py).
+        method: a name of :func:`upt_fast.list_methods`, ``FILE.py:CLASS``, or a PromptLearner class.
+        tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
+        config: all of the method's options at once, instead of the keywords.
+        dtype: dtype of the frozen towers; None: clip_model's.
+        memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
         backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
             "triton,xformers", which never fall back (upt_fast/dispatch.py).
+        text_batch: for methods whose texts depend on the image: images whose texts run at once; more are computed
+            group by group, and again in backward. None: as many as need 512 MiB.
+        options: the fields of the method's config (upt_fast/config.py).
     Raises:
-        ValueError: bad option, class name or model.
+        ValueError: unknown method, unsupported model, bad option or class name; the message says what was wanted.
+
+    Example:
+        >>> model = FastPromptedCLIP.from_pretrained("ViT-B-16", "openai", classnames=["cat", "dog"], method="coop")
+        >>> loss = F.cross_entropy(model(images), labels)  # images (B, 3, 224, 224), labels (B,)
+        >>> loss.backward()  # gradients of model.parameters(): the prompts and their networks
     """
 
     def __init__(
         self,
-        clip: FrozenCLIP,
-        prompt_learner: nn.Module,
+        clip_model: nn.Module,
         classnames: Sequence[str],
         *,
-        n_text: int,
-        class_token_position: str = "end",
+        method: str | type[PromptLearner] = "upt",
         tokenizer: Tokenizer | None = None,
+        config: MethodConfig | None = None,
         dtype: torch.dtype | None = None,
         memory: str = "fast",
         backend: str = "auto",
+        text_batch: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         require_choice("memory", memory, MEMORY_LEVELS)
+        if text_batch is not None:
+            require_int("text_batch", text_batch, 1)
+        found = find_method(method)
+        self.method, self.config = found.name, make_config(found, config, options)
+        clip = frozen_clip(clip_model)
         dtype = clip.dtype if dtype is None else dtype
         if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype}; wanted torch.float64, float32, bfloat16 or float16")
         self.backend = dispatch.resolve(backend)
-        self.tokenizer, self.n_text, self.class_token_position = tokenizer, n_text, class_token_position
+        self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context = clip.text.context
+        self.prompt_learner = found.load()(self.config, _setting(clip, clean_classnames(classnames), tokenizer))
+        if hasattr(self.prompt_learner, "backend"):
+            object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
         self.text_tower = TextTower(clip.text, dtype, memory, self.backend)
         self.vision_tower = VisionTower(clip.vision, dtype, memory, self.backend)
         # scalars stay in single precision beside half-precision towers, as the learner does
@@ -80,13 +102,20 @@ class FastPromptedCLIP(nn.Module):
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
-        self.prompt_learner = prompt_learner
-        if hasattr(prompt_learner, "backend"):
-            object.__setattr__(prompt_learner, "backend", self.backend)  # a plain attribute, past nn.Module's types
-        self.prompt_learner.to(clip.device, torch.float64 if dtype == torch.float64 else torch.float32)
-        self._text_cache: tuple[list[Tensor], Tensor] | None = None
+        self.prompt_learner.to(clip.device, scalars)
+        if self.prompt_learner.state_prefix != "prompt_learner.":
+            self.register_state_dict_post_hook(_to_released_names)
+            self.register_load_state_dict_pre_hook(_from_released_names)
+        self.clip_name: str | None = None
+        self.clip_pretrained: str | None = None
+        self.preprocess_cfg: dict[str, Any] | None = getattr(
+            getattr(clip_model, "visual", None), "preprocess_cfg", None
+        )
+        self._forget_features()
         self.set_classnames(classnames)
 
+    prompt_learner: PromptLearner
+    packed: nn.ModuleList  # of PackedClasses, one for each template or one
     logit_scale: Tensor  # ()
     logit_bias: Tensor | None  # ()
 
@@ -96,15 +125,38 @@ class FastPromptedCLIP(nn.Module):
         Args:
             classnames: C names, each short enough for the CLIP's context.
         Raises:
-            ValueError: no names, an empty name, or one that is too long; the classes stay as they were.
+            ValueError: no names, an empty name, or one that is too long; class-specific prompts of another number of
+                classes. The classes stay as they were.
         """
-        tokens = tokenize_classnames(classnames, self.n_text, self.text_context, self.tokenizer)
-        self.packed = self.text_tower.pack(tokens, self.n_text, self.class_token_position)
-        self.classnames = clean_classnames(classnames)
-        self._text_cache = None
+        learner, tower = self.prompt_learner, self.text_tower
+        names = clean_classnames(classnames)
+        learner.set_classnames(names)
+        context = self.text_context, self.tokenizer
+        if learner.templates is None:
+            tokens = [tokenize_classnames(classnames, learner.n_text, *context, learner.prefix)]
+        else:
+            tokens = [tokenize_template(classnames, template, *context) for template in learner.templates]
+        # in half precision each class's prompts are rounded on their own, as are their gradients
+        per_class = learner.text_per_class or (learner.half_prompts and learner.n_text > 0)
+        self.packed = nn.ModuleList(
+            tower.pack(t, learner.n_text, learner.class_token_position, per_class=per_class) for t in tokens
+        )
+        self.classnames = names
+        self._forget_features()
+
+    @property
+    def _classes(self) -> PackedClasses:
+        """The packed class names of a method with text prompts."""
+        (packed,) = self.packed
+        assert isinstance(packed, PackedClasses)
+        return packed
+
+    def _forget_features(self) -> None:
+        self._text_cache: tuple[list[Tensor], Tensor] | None = None  # in eval mode, of these parameters
+        self._fixed_features: Tensor | None = None  # of texts without prompts
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        self._text_cache = None
+        self._forget_features()
         return super()._apply(fn, recurse)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
@@ -116,12 +168,32 @@ class FastPromptedCLIP(nn.Module):
         Returns:
             (B, e)
         """
-        return self._encode_image(images, self.prompt_learner(), normalize)
+        return self._encode_image(images, self._prompts(), normalize)
 
-    def encode_text(self, normalize: bool = True) -> Tensor:
-        """Features (C, e) of the classes; in eval mode without gradients they are kept until a parameter changes."""
-        features = self._class_features(None)
-        return F.normalize(features, dim=-1) if normalize else features.clone()  # the cache stays ours
+    def encode_text(self, normalize: bool = True, images: Tensor | None = None) -> Tensor:
+        """Class features; in eval mode without gradients they are kept until a parameter changes.
+
+        Args:
+            normalize: whether to scale each feature to L2 norm 1.
+            images: (B, 3, H, W); read by methods whose texts depend on the image.
+        Returns:
+            (C, e), or (B, C, e) by image.
+        """
+        if not self.prompt_learner.by_image:
+            features = self._class_features(None)
+            return F.normalize(features, dim=-1) if normalize else features.clone()  # the cache stays ours
+        if images is None:
+            raise ValueError(f"images=None; the class features of {self.method!r} depend on the image: pass images")
+        text = self.prompt_learner(self.encode_image(images)).text
+        groups = [self.text_tower.for_sets(part, self._classes) for part in text.split(self._group(len(text)))]
+        features = torch.cat(groups)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def prompts(self, images: Tensor | None = None) -> dict[str, Tensor]:
+        """The prompts by name, "text_ctx", "visual_ctx", "text_deep.0" and so on; images where they depend on those."""
+        if images is None or not self.prompt_learner.by_image:
+            return self.prompt_learner.named_prompts()
+        return self.prompt_learner.named_prompts(self.encode_image(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits.
@@ -131,9 +203,12 @@ class FastPromptedCLIP(nn.Module):
         Returns:
             (B, C): exp(logit_scale) times the cosine of image and class features, plus the CLIP's logit_bias if any.
         """
-        prompts = self.prompt_learner()
-        text_features = F.normalize(self._class_features(prompts), dim=-1)
-        logits = self.logit_scale.exp() * self._encode_image(images, prompts) @ text_features.t()
+        if self.prompt_learner.by_image:
+            logits = self._logits_by_image(self.encode_image(images))
+        else:
+            prompts = self._prompts()
+            text_features = F.normalize(self._class_features(prompts), dim=-1)
+            logits = self.logit_scale.exp() * self._encode_image(images, prompts) @ text_features.t()
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -145,90 +220,90 @@ class FastPromptedCLIP(nn.Module):
         Returns:
             (), float32 (float64 in a float64 CLIP).
         """
-        prompts = self.prompt_learner()
+        if self.prompt_learner.by_image:
+            return F.cross_entropy(self(images).to(self.logit_scale.dtype), labels)
+        prompts = self._prompts()
         classes = self._class_features(prompts)
         features = self._encode_image(images, prompts, normalize=False)
         return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self.backend).mean()
 
+    def _prompts(self) -> Prompts:
+        """The prompts that do not depend on the image."""
+        return Prompts() if self.prompt_learner.by_image else self.prompt_learner()
+
     def _encode_image(self, images: Tensor, prompts: Prompts, normalize: bool = True) -> Tensor:
-        features = self.vision_tower(images, prompts.visual)
+        visual, set_index = prompts.visual, None
+        if visual is not None and self.prompt_learner.half_prompts:
+            # each image's prompts are rounded on their own, and so are their gradients before they are summed
+            visual = visual.expand(len(images), -1, -1, -1).half()
+            set_index = torch.arange(len(images), device=images.device)
+        features = self.vision_tower(images, visual, set_index, self.prompt_learner.visual_after_ln_pre)
         return F.normalize(features, dim=-1) if normalize else features
 
+    def _encode_classes(self, prompts: Prompts | None) -> Tensor:
+        """(C, e) class features, computed now."""
+        text = (self._prompts() if prompts is None else prompts).text
+        if text is not None and self.prompt_learner.half_prompts:
+            text = text.expand(len(self.classnames), -1, -1, -1)
+            text = torch.cat([text[:, :1], text[:, 1:].half().to(text.dtype)], dim=1)
+        return self.text_tower(text, self._classes)
+
     def _class_features(self, prompts: Prompts | None) -> Tensor:
-        """(C, e) class features, from the cache in eval mode without gradients."""
+        """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
+        if self.prompt_learner.templates is not None:
+            if self._fixed_features is None:
+                self._fixed_features = self._encode_templates()
+            return self._fixed_features
         if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(self.logit_scale.device.type):
-            return self.text_tower((self.prompt_learner() if prompts is None else prompts).text, self.packed)
+            return self._encode_classes(prompts)
         # compared by value: a write through .data, which leaves no trace in version counters, is seen too
         parameters = list(self.prompt_learner.parameters())
         if self._text_cache is not None:
             seen, features = self._text_cache
             if len(seen) == len(parameters) and all(map(_same, seen, parameters)):
                 return features
-        features = self.text_tower((self.prompt_learner() if prompts is None else prompts).text, self.packed)
+        features = self._encode_classes(prompts)
         self._text_cache = ([p.detach().clone() for p in parameters], features)
         return features
 
+    def _encode_templates(self) -> Tensor:
+        """(C, e) features of the fixed texts; of several templates the mean of the normalised ones."""
+        # kept from one call to the next: plain tensors in the CLIP's own precision wherever the first call is
+        device = self.logit_scale.device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            features = [self.text_tower(None, packed) for packed in self.packed]
+            if len(features) == 1:
+                return features[0]
+            return torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0)
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    def _group(self, batch: int) -> int:
+        """Images whose texts run at once."""
+        if self.text_batch is not None:
+            return self.text_batch
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.prompt_learner.parameters())
+        fitting = max(1, TEXT_BYTES // self.text_tower.bytes_per_set(self._classes, backward=grad))
+        groups = -(-batch // fitting)
+        return max(1, -(-batch // max(1, groups)))  # of equal size
 
-
-class FastUPT(FastPromptedCLIP):
-    """Unified Prompt Tuning (arXiv 2210.07225) on the fast engine; swaps in for :class:`ReferenceUPT`.
-
-    Args:
-        clip_model: open_clip ``CLIP`` or ``CustomTextCLIP`` with a ViT and a causal text tower. Left untouched; its
-            weights are copied where folding changes them.
-        classnames: C class names; underscores become spaces.
-        tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
-        config: all of UPT's options at once, instead of the keywords.
-        dtype: dtype of the frozen towers; None: clip_model's.
-        memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
-        backend: "auto", "torch", "triton", "xformers" or "triton,xformers" (upt_fast/dispatch.py).
-        options: the fields of :class:`UPTConfig`: preset, n_text, n_visual, depth_text, depth_vision,
-            class_token_position, attention_heads, dropout.
-    Raises:
-        ValueError: unsupported model, bad option or class name; the message says what was wanted.
-
-    Example:
-        >>> model = FastUPT.from_pretrained("ViT-B-16", "openai", classnames=["cat", "dog"])
-        >>> loss = F.cross_entropy(model(images), labels)  # images (B, 3, 224, 224), labels (B,)
-        >>> loss.backward()  # gradients of model.parameters(): the prompts and their transform
-    """
-
-    def __init__(
-        self,
-        clip_model: nn.Module,
-        classnames: Sequence[str],
-        *,
-        tokenizer: Tokenizer | None = None,
-        config: UPTConfig | None = None,
-        dtype: torch.dtype | None = None,
-        memory: str = "fast",
-        backend: str = "auto",
-        **options: Any,
-    ) -> None:
-        config = make_config(config, options)
-        clip = frozen_clip(clip_model)
-        depths = config.depths(len(clip.text.blocks), len(clip.vision.blocks))
-        learner = UnifiedPromptLearner(config, *depths, clip.text.width, clip.vision.width)
-        super().__init__(
-            clip,
-            learner,
-            classnames,
-            n_text=config.n_text,
-            class_token_position=config.class_token_position,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            memory=memory,
-            backend=backend,
+    def _logits_by_image(self, image_features: Tensor) -> Tensor:
+        """(B, C) logits of normalised image features (B, e), each over class features of its own."""
+        text = self.prompt_learner(image_features).text
+        group = self._group(len(text))
+        if len(text) <= group:
+            return self._logits_of_group(text, image_features)
+        again = torch.is_grad_enabled() and text.requires_grad
+        return torch.cat(
+            [
+                checkpoint(self._logits_of_group, *part, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else self._logits_of_group(*part)
+                for part in zip(text.split(group), image_features.split(group), strict=True)
+            ]
         )
-        self.config = config
-        self.clip_name: str | None = None
-        self.clip_pretrained: str | None = None
-        self.preprocess_cfg: dict[str, Any] | None = getattr(
-            getattr(clip_model, "visual", None), "preprocess_cfg", None
-        )
+
+    def _logits_of_group(self, text: Tensor, image_features: Tensor) -> Tensor:
+        classes = F.normalize(self.text_tower.for_sets(text, self._classes), dim=-1)  # (B, C, e)
+        return torch.matmul(classes, (self.logit_scale.exp() * image_features)[..., None])[..., 0]
 
     @classmethod
     def from_loaded(cls: type[Self], clip: LoadedCLIP, classnames: Sequence[str], **options: Any) -> Self:
@@ -276,7 +351,7 @@ class FastUPT(FastPromptedCLIP):
         folder.mkdir(parents=True, exist_ok=True)
         description = {
             "format_version": FORMAT_VERSION,
-            "method": "upt",
+            "method": self.method,
             "config": self.config.to_dict(),
             "classnames": self.classnames,
             "clip_name": self.clip_name,
@@ -294,6 +369,7 @@ class FastUPT(FastPromptedCLIP):
         *,
         tokenizer: Tokenizer | None = None,
         classnames: Sequence[str] | None = None,
+        method: str | type[PromptLearner] | None = None,
         precision: str = "fp32",
         device: str = "cpu",
         cache_dir: str | None = None,
@@ -306,6 +382,7 @@ class FastUPT(FastPromptedCLIP):
             clip_model: the CLIP it was trained on; None: loaded by the name in the file.
             tokenizer: the tokenizer of clip_model.
             classnames: other classes than the saved ones.
+            method: the method, where the file's is none of :func:`upt_fast.list_methods`: a file never imports code.
             precision: of the frozen CLIP, where it is loaded by name.
             device: where the model goes.
             cache_dir: folder for downloads.
@@ -320,36 +397,111 @@ class FastUPT(FastPromptedCLIP):
         state, metadata = load_safetensors(path)
         description = read_description(metadata, path)
         names = description["classnames"] if classnames is None else classnames
-        config = _in_file(path, lambda: make_config(None, description["config"]))
+        if cls is FastUPT and description["method"] != "upt":
+            raise ValueError(f"{path}: method {description['method']!r}; wanted 'upt': FastPromptedCLIP.load takes any")
+        found = _in_file(path, lambda: _method_of(description, method))
+        options["config"] = _in_file(path, lambda: make_config(found, None, description["config"]))
+        options["method"] = found.name
         if clip_model is None:
             if description["clip_name"] is None:
                 raise ValueError(f"{path} does not say which CLIP it was trained on: pass clip_model and tokenizer")
             clip = load_clip(description["clip_name"], description["clip_pretrained"], precision, device, cache_dir)
-            model = cls.from_loaded(clip, names, config=config, **options)
+            model = cls.from_loaded(clip, names, **options)
         else:
-            model = cls(clip_model, names, tokenizer=tokenizer, config=config, **options).to(device)
+            model = cls(clip_model, names, tokenizer=tokenizer, **options).to(device)
             model.clip_name, model.clip_pretrained = description["clip_name"], description["clip_pretrained"]
             model.preprocess_cfg = description["preprocess_cfg"]
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit this CLIP: {error}") from error
+            message = str(error).replace('"prompt_learner.', f'"{model.prompt_learner.state_prefix}')
+            raise ValueError(f"{path} does not fit this CLIP: {message}") from error
         return model.eval()
 
 
-def make_config(config: UPTConfig | None, options: dict[str, Any]) -> UPTConfig:
-    """One UPTConfig from either of the two ways to give options; a ValueError names unknown ones."""
+def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
+    def embed_words(words: str, count: int) -> Tensor:
+        ids = tokenize_words(words, count, clip.text.context, tokenizer)
+        return clip.text.token_embedding[ids.to(clip.text.token_embedding.device)]
+
+    return LearnerSetting(
+        text_layers=len(clip.text.blocks),
+        text_width=clip.text.width,
+        vision_layers=len(clip.vision.blocks),
+        vision_width=clip.vision.width,
+        embed_dim=clip.embed_dim,
+        classnames=classnames,
+        embed_words=embed_words,
+    )
+
+
+def _to_released_names(model: FastPromptedCLIP, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take the learner's own place out of the names in a state dict."""
+    ours, theirs = prefix + "prompt_learner.", prefix + model.prompt_learner.state_prefix
+    for name in [name for name in state if name.startswith(ours)]:
+        state[theirs + name.removeprefix(ours)] = state.pop(name)
+
+
+def _from_released_names(model: FastPromptedCLIP, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The inverse, for the names that the learner has; others stay, to be reported."""
+    ours, theirs = prefix + "prompt_learner.", prefix + model.prompt_learner.state_prefix
+    found = {
+        ours + name: state.pop(theirs + name) for name in model.prompt_learner.state_dict() if theirs + name in state
+    }
+    state.update(found)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+class FastUPT(FastPromptedCLIP):
+    """Unified Prompt Tuning (arXiv 2210.07225) on the fast engine; swaps in for :class:`ReferenceUPT`.
+
+    Args:
+        clip_model: open_clip ``CLIP`` or ``CustomTextCLIP`` with a ViT and a causal text tower. Left untouched; its
+            weights are copied where folding changes them.
+        classnames: C class names; underscores become spaces.
+        tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
+        config: all of UPT's options at once, instead of the keywords.
+        dtype: dtype of the frozen towers; None: clip_model's.
+        memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
+        backend: "auto", "torch", "triton", "xformers" or "triton,xformers" (upt_fast/dispatch.py).
+        options: the fields of :class:`UPTConfig`: preset, n_text, n_visual, depth_text, depth_vision,
+            class_token_position, attention_heads, dropout; transform, shared, joint, layerwise for the ablations.
+    Raises:
+        ValueError: unsupported model, bad option or class name; the message says what was wanted.
+
+    Example:
+        >>> model = FastUPT.from_pretrained("ViT-B-16", "openai", classnames=["cat", "dog"])
+        >>> loss = F.cross_entropy(model(images), labels)  # images (B, 3, 224, 224), labels (B,)
+        >>> loss.backward()  # gradients of model.parameters(): the prompts and their transform
+    """
+
+    def __init__(
+        self,
+        clip_model: nn.Module,
+        classnames: Sequence[str],
+        *,
+        method: str = "upt",
+        tokenizer: Tokenizer | None = None,
+        config: UPTConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if method != "upt":
+            raise ValueError(f"method={method!r}; FastUPT is 'upt': FastPromptedCLIP takes any method")
+        super().__init__(clip_model, classnames, method=method, tokenizer=tokenizer, config=config, **options)
+
+
+def make_config(method: Method, config: MethodConfig | None, options: dict[str, Any]) -> MethodConfig:
+    """A method's config from either of the two ways to give options; a ValueError names unknown ones."""
     if config is not None and options:
         raise ValueError(f"config and {', '.join(options)} given; wanted one or the other")
-    if isinstance(config, UPTAblationConfig) and not config.is_upt:
-        raise ValueError(f"{config}: FastUPT computes no ablation in this version; ReferenceUPT does")
-    if config is not None:
-        return config
-    known = [field.name for field in dataclasses.fields(UPTConfig)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"unknown option {', '.join(unknown)}; wanted some of {', '.join(known)}")
-    return UPTConfig(**options)
+    if config is None:
+        return method.config.from_options(options)
+    if not isinstance(config, method.config):
+        raise ValueError(f"config is {type(config).__name__}; method {method.name!r} wants {method.config.__name__}")
+    return config
 
 
 def read_description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
@@ -360,13 +512,30 @@ def read_description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a learner saved by upt_fast (no description in its metadata)") from error
     if not isinstance(description, dict):
         raise ValueError(f"{path} is not a learner saved by upt_fast (its description is no JSON object)")
-    if description.get("format_version") != FORMAT_VERSION or description.get("method") != "upt":
-        got = {key: description.get(key) for key in ("format_version", "method")}
-        raise ValueError(f"{path} has {got}; this version reads format_version {FORMAT_VERSION} of method 'upt'")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {description.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+        )
     missing = [key for key in DESCRIPTION_KEYS if key not in description]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)} in its description")
     return description
+
+
+def _method_of(description: dict[str, Any], given: str | type[PromptLearner] | None) -> Method:
+    """The method of a learner file."""
+    name = description["method"]
+    if given is None:
+        if not isinstance(name, str) or name not in list_methods():
+            raise ValueError(
+                f"method {name!r} is not known here; wanted one of {', '.join(map(repr, list_methods()))}, or the "
+                "class that it was trained with as method"
+            )
+        return find_method(name)
+    method = find_method(given)
+    if method.name != name:
+        raise ValueError(f"method {name!r}; method={given!r} was given")
+    return method
 
 
 def _in_file(path: Path, read: Callable[[], T]) -> T:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast import memory_efficient
-from upt_fast.config import UPTConfig
+from upt_fast.clip.tokens import ClassTokens, tokenize_words
+from upt_fast.config import MethodConfig, UPTConfig
 from upt_fast.files import load_safetensors
-from upt_fast.model import FastUPT
-from upt_fast.reference import ReferenceUPT
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
+from upt_fast.reference.zeroshot import ReferenceZeroShot
 
 
 def relative_rms(got: Tensor, wanted: Tensor) -> float:
@@ -170,16 +172,38 @@ def bench_classnames(count: int) -> list[str]:
     return list(IMAGENET_CLASSNAMES[:count])
 
 
-class TruncatedUPT(ReferenceUPT):
+class _Truncated(ReferencePromptedCLIP):
     """The reference with its texts cut after the longest class's pooled row: what a careful user would do."""
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
         super().set_classnames(classnames)
-        length = max(self.tokens.pooled) + 1
-        self.tokens = dataclasses.replace(self.tokens, ids=self.tokens.ids[:, :length].contiguous())
+        if isinstance(self, ReferenceZeroShot):
+            self.template_tokens = tuple(map(_cut, self.template_tokens))
+        else:
+            self.tokens = _cut(self.tokens)
 
 
-PROVIDERS: dict[str, type[nn.Module]] = {"reference": ReferenceUPT, "truncated": TruncatedUPT, "fast": FastUPT}
+def _cut(tokens: ClassTokens) -> ClassTokens:
+    return dataclasses.replace(tokens, ids=tokens.ids[:, : max(tokens.pooled) + 1].contiguous())
+
+
+class TruncatedUPT(_Truncated, ReferenceUPT):
+    """UPT's reference with its texts cut after the longest class's pooled row."""
+
+
+PROVIDERS = ("reference", "truncated", "fast")
+
+
+def build(
+    provider: str, clip_model: nn.Module, classnames: Sequence[str], method: str = "upt", **options: Any
+) -> FastPromptedCLIP | ReferencePromptedCLIP:
+    """A method as one of PROVIDERS computes it: plain, plain with cut texts, or by the engine."""
+    if provider == "fast":
+        return FastPromptedCLIP(clip_model, classnames, method=method, **options)
+    kind: type[ReferencePromptedCLIP] = METHODS[method].reference
+    if provider == "truncated":
+        kind = type(f"Truncated{kind.__name__.removeprefix('Reference')}", (_Truncated, kind), {})
+    return kind(clip_model, classnames, **options)
 
 
 def golden_clip(path: Path, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -224,25 +248,27 @@ def golden_clip(path: Path, dtype: torch.dtype = torch.float64) -> nn.Module:
 def write_vectors(
     directory: Path,
     name: str,
-    config: UPTConfig,
+    config: MethodConfig,
     classnames: list[str],
     geometry: dict[str, Any],
     images: int = 3,
     seed: int = 0,
+    method: str = "upt",
 ) -> None:
-    """Record vectors of ReferenceUPT in float64, in the format that ``upt-fast verify`` reads.
+    """Record vectors of a reference in float64, in the format that ``upt-fast verify`` reads.
 
     All stored values are float16-exact, so that every precision starts from the same numbers.
 
     Args:
         directory: gets clip_<name>.safetensors, <name>.safetensors and their .json files.
         name: of the files.
-        config: UPT's options.
+        config: the method's options.
         classnames: the classes.
         geometry: embed_dim, image_size, patch_size, vision_layers, vision_width, text_layers, text_width of the CLIP;
             heads are widths // 64.
         images: number of images.
         seed: of all random values.
+        method: its name.
     """
     from safetensors.torch import save_file
 
@@ -252,34 +278,29 @@ def write_vectors(
             parameter.copy_(parameter.half())
     clip = clip.double()
     torch.manual_seed(seed)
-    model = ReferenceUPT(clip, classnames, config=config).eval()
+    model = ReferencePromptedCLIP(clip, classnames, method=method, config=config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).half())
     size = geometry["image_size"]
     pixels = torch.randn(images, 3, size, size).half()
     labels = torch.randint(len(classnames), (images,))
-    logits = model(pixels.double())
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
-    text, visual = model.prompt_learner()
-    mid = ("text_prompts", "visual_prompts") if config.preset == "paper" else ("text_ctx", "visual_ctx")
-    tensors = {
-        "images": pixels,
-        "labels": labels,
-        "tokenized_prompts": model.tokens.ids,
-        "out.logits": logits,
-        "out.loss": loss,
-        "out.image_features": model.encode_image(pixels.double()),
-        "out.text_features": model.encode_text(),
-        f"mid.{mid[0]}": text if config.preset == "paper" else text[0],
-        f"mid.{mid[1]}": visual if config.preset == "paper" else visual[0],
-    }
-    for n, parameter in model.prompt_learner.named_parameters():
-        tensors[f"param.{n}"] = parameter.half()
-        tensors[f"grad.{n}"] = parameter.grad
+    if isinstance(model, ReferenceZeroShot):
+        ids = torch.stack([tokens.ids for tokens in model.template_tokens])
+        ids = ids[0] if len(ids) == 1 else ids
+    else:
+        ids = model.tokens.ids
+    tensors = {"images": pixels, "labels": labels, "tokenized_prompts": ids}
+    tensors |= {f"param.{n.removeprefix('prompt_learner.')}": t.half() for n, t in model.state_dict().items()}
+    tensors |= _results(model, pixels.double(), labels)
+    tensors |= {f"mid.{n}": t for n, t in model.prompts(pixels.double()).items()}
+    if hasattr(config, "half_prompts"):
+        rounded = config.to_dict() | {"half_prompts": True}
+        twin = ReferencePromptedCLIP(clip, classnames, method=method, **rounded).eval()
+        twin.load_state_dict(model.state_dict())
+        tensors |= {f"half.{n}": t for n, t in _results(twin, pixels.double(), labels).items()}
     state = {n: t.half() for n, t in clip.state_dict().items()}
-    ids = torch.unique(model.tokens.ids)
+    ids = torch.unique(torch.cat([ids.flatten(), _word_ids(model)]))
     state |= {"token_embedding.ids": ids, "token_embedding.rows": state.pop("token_embedding.weight")[ids]}
     clip_config = {
         "embed_dim": geometry["embed_dim"],
@@ -293,17 +314,18 @@ def write_vectors(
         "transformer_heads": geometry["text_width"] // 64,
         "transformer_layers": geometry["text_layers"],
     }
-    if config.preset == "paper":
-        options = {k: v for k, v in config.to_dict().items() if k not in ("preset", "dropout")}
-    else:
+    options = config.to_dict()
+    templates = options.pop("templates", None)
+    if isinstance(config, UPTConfig) and config.preset == "released":
         options = {"CLASS_TOKEN_POSITION": config.class_token_position}
     sidecar = {
-        "method": "upt_paper" if config.preset == "paper" else "upt",
+        "method": "upt_paper" if isinstance(config, UPTConfig) and config.preset == "paper" else method,
         "clip_file": f"clip_{name}.safetensors",
         "clip_config": clip_config,
         "classnames": classnames,
         "options": options,
-        "produced_by": "upt_fast.testing.write_vectors, ReferenceUPT in float64",
+        "templates": templates,
+        "produced_by": "upt_fast.testing.write_vectors, the reference in float64",
     }
     directory.mkdir(parents=True, exist_ok=True)
     for stem, values in ((name, tensors), (f"clip_{name}", state)):
@@ -315,3 +337,24 @@ def write_vectors(
         (directory / f"{stem}.json").write_text(
             json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def _results(model: ReferencePromptedCLIP, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels)
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else ()
+    return {
+        "out.logits": logits,
+        "out.loss": loss,
+        "out.image_features": model.encode_image(images),
+        "out.text_features": model.encode_text(images=images),
+        **{f"grad.{n.removeprefix('prompt_learner.')}": g for n, g in zip(names, gradients, strict=True)},
+    }
+
+
+def _word_ids(model: ReferencePromptedCLIP) -> Tensor:
+    """Ids of the words that a model's prompts start from."""
+    if model.prefix is None:
+        return torch.zeros(0, dtype=torch.int64)
+    return tokenize_words(model.prefix, model.n_text, model.text_context, model.tokenizer)

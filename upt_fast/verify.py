@@ -1,38 +1,43 @@
-"""``upt-fast verify``: the reference and FastUPT against recorded vectors, outputs and every gradient.
+"""``upt-fast verify``: the reference and the engine against recorded vectors, outputs and every gradient.
 
-A directory of vectors holds, per method, ``<name>.safetensors`` with its ``<name>.json`` and the CLIP weights the JSON
+A directory of vectors holds, per file, ``<name>.safetensors`` with its ``<name>.json`` and the CLIP weights the JSON
 names as ``clip_file``:
 
 * ``images`` (B, 3, R, R), ``labels`` (B,), ``tokenized_prompts`` (C, T),
-* ``param.<name>``: trainable values, named as in the prompt learner's state dict,
+* ``param.<name>``: trainable values, named as in the state dict, with or without ``prompt_learner.``,
 * ``out.logits``, ``out.image_features``, ``out.text_features`` (L2-normalised), ``out.loss``: float64 results,
-* ``grad.<name>``: float64 gradients of the loss, ``mid.*``: the prompts.
+* ``grad.<name>``: float64 gradients of the loss, ``mid.*``: the prompts,
+* ``half.out.*`` and ``half.grad.*``: the same with prompts rounded to float16 (half_prompts); compared in float64.
+
+The JSON's ``method`` says which method, its ``options`` are the fields of the method's config, or those of the
+released code in capitals, and its ``templates`` the fixed texts of methods that have them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from upt_fast.clip.tokens import ClassTokens
-from upt_fast.config import UPTConfig, require_choice
+from upt_fast.config import require_choice
 from upt_fast.files import load_safetensors
-from upt_fast.model import FastUPT, make_config
-from upt_fast.reference import ReferenceUPT
+from upt_fast.methods import find_method, list_methods
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.reference import ReferencePromptedCLIP
+from upt_fast.reference.zeroshot import ReferenceZeroShot
 from upt_fast.testing import golden_clip, max_error, relative_rms
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # largest error taken; half precision is measured against the reference's own error instead
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
 HALF_FACTOR = 1.5
+Model = FastPromptedCLIP | ReferencePromptedCLIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,29 +56,76 @@ class Errors:
     def worst(self) -> float:
         return max(self.outputs, self.gradients)
 
+    def worse(self, other: Errors) -> Errors:
+        """The larger of each."""
+        return Errors(max(self.outputs, other.outputs), max(self.gradients, other.gradients))
+
     def __str__(self) -> str:
         return f"outputs {self.outputs:.1e} gradients {self.gradients:.1e}"
 
 
-def upt_released(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> UPTConfig:
-    """Options of a file made by the released UPT code."""
-    options = sidecar.get("options", {})
-    count = tensors["param.uni_ctx"].shape[1]
-    n_text = len(tensors["mid.text_ctx"]) if "mid.text_ctx" in tensors else count // 2
-    position = options.get("CLASS_TOKEN_POSITION", "end")
-    return UPTConfig(preset="released", n_text=n_text, n_visual=count - n_text, class_token_position=position)
-
-
-def upt_paper(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> UPTConfig:
-    """Options of a file of the preset "paper": named as UPTConfig's fields."""
-    return make_config(None, {"preset": "paper", **sidecar.get("options", {})})
-
-
-METHODS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], UPTConfig]] = {
-    "upt": upt_released,
-    "upt_paper": upt_paper,
+# names of files' methods -> our method; the first that a name starts with
+FILE_METHODS = {
+    "upt": "upt",
+    "cocoop": "cocoop",
+    "coop": "coop",
+    "vpt_deep": "vpt_deep",
+    "vpt": "vpt_shallow",
+    "maple": "maple",
+    "ivlp": "ivlp",
+    "mvpt": "mvpt",
+    "zsclip": "zeroshot",
+    "zeroshot": "zeroshot",
 }
-MID_NAMES = {"upt": ("text_ctx", "visual_ctx"), "upt_paper": ("text_prompts", "visual_prompts")}
+# options of the released code -> ours, by method
+RELEASED_OPTIONS: dict[str, dict[str, str]] = {
+    "upt": {"CLASS_TOKEN_POSITION": "class_token_position"},
+    "coop": {
+        "N_CTX": "n_ctx",
+        "CTX_INIT": "ctx_init",
+        "CSC": "class_specific",
+        "CLASS_TOKEN_POSITION": "class_token_position",
+    },
+    "cocoop": {"N_CTX": "n_ctx", "CTX_INIT": "ctx_init"},
+    "vpt_shallow": {"N_CTX": "n_ctx"},
+    "vpt_deep": {"N_CTX": "n_ctx"},
+    "maple": {"N_CTX": "n_ctx", "CTX_INIT": "ctx_init", "PROMPT_DEPTH": "depth"},
+    "ivlp": {
+        "N_CTX_TEXT": "n_text",
+        "N_CTX_VISION": "n_visual",
+        "CTX_INIT": "ctx_init",
+        "PROMPT_DEPTH_TEXT": "depth_text",
+        "PROMPT_DEPTH_VISION": "depth_vision",
+    },
+    "mvpt": {"N_CTX_VISION": "n_ctx", "PROMPT_DEPTH_VISION": "depth"},
+    "zeroshot": {},
+}
+
+
+def method_of(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """The method of a file and its options, or None where the method is not known.
+
+    Args:
+        sidecar: the file's JSON.
+        tensors: its tensors; the released UPT's prompt counts are read off them.
+    """
+    name = next((ours for theirs, ours in FILE_METHODS.items() if sidecar["method"].startswith(theirs)), None)
+    if name is None and sidecar["method"] in list_methods():
+        name = sidecar["method"]
+    if name is None:
+        return None
+    given = sidecar.get("options", {})
+    theirs = RELEASED_OPTIONS.get(name, {})
+    options = {theirs.get(key, key): value for key, value in given.items() if key in theirs or not key.isupper()}
+    if sidecar.get("templates") and any(f.name == "templates" for f in dataclasses.fields(find_method(name).config)):
+        options["templates"] = sidecar["templates"]
+    if name == "upt" and sidecar["method"].startswith("upt_paper"):
+        options["preset"] = "paper"
+    elif name == "upt" and "preset" not in options:
+        count = tensors["param.uni_ctx"].shape[1]
+        n_text = len(tensors["mid.text_ctx"]) if "mid.text_ctx" in tensors else count // 2
+        options |= {"preset": "released", "n_text": n_text, "n_visual": count - n_text}
+    return name, options
 
 
 def run_verify(directory: Path | None, device: str = "cpu", dtype: str = "float64", backend: str = "auto") -> int:
@@ -82,9 +134,9 @@ def run_verify(directory: Path | None, device: str = "cpu", dtype: str = "float6
     Args:
         directory: of vectors; None: the small set in the package.
         device: "cpu", "cuda", ...
-        dtype: "float64" (errors up to 1e-9 are taken), "float32" (1e-4), "float16" or "bfloat16" (FastUPT's error over
-            all files up to 1.5 times the reference's).
-        backend: of FastUPT.
+        dtype: "float64" (errors up to 1e-9 are taken), "float32" (1e-4), "float16" or "bfloat16" (the engine's error
+            over all files up to 1.5 times the reference's).
+        backend: of the engine.
     Returns:
         0, or 1 where an error was too large.
     Raises:
@@ -112,10 +164,10 @@ def run_verify(directory: Path | None, device: str = "cpu", dtype: str = "float6
     passed, failed, skipped = 0, 0, []
     measured: list[dict[str, Errors]] = []
     for path, sidecar in sidecars.items():
-        if sidecar["method"] not in METHODS:
+        found = _verify_file(path, sidecar, device, dtype, backend)
+        if found is None:
             skipped.append(f"{path.stem} ({sidecar['method']})")
             continue
-        found = _verify_file(path, sidecar, device, dtype, backend)
         ok = not isinstance(found, str) and (
             dtype not in TOLERANCES or all(error.worst <= TOLERANCES[dtype] for error in found.values())
         )
@@ -134,7 +186,7 @@ def run_verify(directory: Path | None, device: str = "cpu", dtype: str = "float6
         print(f"skipped, methods not supported: {', '.join(skipped)}")
     print(f"{passed} passed, {failed} failed, {len(skipped)} skipped")
     if passed + failed == 0:
-        raise ValueError(f"no vectors of a supported method in {folder}; supported: {', '.join(METHODS)}")
+        raise ValueError(f"no vectors of a supported method in {folder}; supported: {', '.join(list_methods())}")
     return 1 if failed else 0
 
 
@@ -146,23 +198,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _verify_file(path: Path, sidecar: dict[str, Any], device: str, dtype: str, backend: str) -> dict[str, Errors] | str:
-    """Errors of the reference and of FastUPT, or what kept them from being measured."""
+def _verify_file(
+    path: Path, sidecar: dict[str, Any], device: str, dtype: str, backend: str
+) -> dict[str, Errors] | str | None:
+    """Errors of the reference and of the engine, or what kept them from being measured; None: an unknown method."""
     tensors, _ = load_safetensors(path.with_suffix(".safetensors"))
-    config = METHODS[sidecar["method"]](sidecar, tensors)
+    known = method_of(sidecar, tensors)
+    if known is None:
+        return None
+    method, options = known
     clip = golden_clip(path.parent / sidecar["clip_file"], DTYPES[dtype]).to(device)
-    names = sidecar["classnames"]
-    models: dict[str, Any] = {
-        "reference": ReferenceUPT(clip, names, config=config),
-        "fast": FastUPT(clip, names, config=config, backend=backend),
-    }
-    problem = _token_problem(models["reference"].tokens, tensors["tokenized_prompts"], config)
-    if problem:
-        return problem
-    errors = {}
-    for name, model in models.items():
-        model.eval().load_state_dict(_state(tensors, model))
-        errors[name] = measure(model, tensors, sidecar["method"], rms=dtype not in TOLERANCES)
+    rms = dtype not in TOLERANCES
+    errors: dict[str, Errors] = {}
+    # rounding to float16 is compared in float64 alone: near a tie a smaller precision rounds to the other side
+    kinds = (
+        {"": {}, "half.": {"half_prompts": True}} if "half.out.logits" in tensors and dtype == "float64" else {"": {}}
+    )
+    for kind, more in kinds.items():
+        arguments: dict[str, Any] = {"method": method, **options, **more}
+        reference = ReferencePromptedCLIP(clip, sidecar["classnames"], **arguments)
+        if problem := _token_problem(reference, tensors["tokenized_prompts"]):
+            return problem
+        fast = FastPromptedCLIP(clip, sidecar["classnames"], backend=backend, **arguments)
+        models: dict[str, Model] = {"reference": reference, "fast": fast}
+        for name, model in models.items():
+            model.eval().load_state_dict(_state(tensors, model))
+            error = measure(model, tensors, kind, rms, device)
+            errors[name] = error if name not in errors else errors[name].worse(error)
     return errors
 
 
@@ -174,56 +236,79 @@ def _pool(errors: list[Errors]) -> Errors:
     )
 
 
-def _state(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    dtype = next(model.parameters()).dtype
-    return {f"prompt_learner.{n[6:]}": t.to(dtype) for n, t in tensors.items() if n.startswith("param.")}
+def _state(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    """A file's parameters under the model's names."""
+    own = model.state_dict()
+    values = {n[6:]: t for n, t in tensors.items() if n.startswith("param.")}
+    return {name: values.get(name, values.get(_short(name), t)).to(t) for name, t in own.items()}
 
 
-def _token_problem(tokens: ClassTokens, wanted: Tensor, config: UPTConfig) -> str | None:
+def _short(name: str) -> str:
+    return name.removeprefix("prompt_learner.")
+
+
+def _token_problem(model: ReferencePromptedCLIP, wanted: Tensor) -> str | None:
     """What differs between the tokenizer's ids and the recorded ones, the prompts' placeholders aside."""
-    keep = torch.ones(wanted.shape[1], dtype=torch.bool)
-    keep[1 : 1 + config.n_text] = False
-    if tokens.ids.shape == wanted.shape and torch.equal(tokens.ids[:, keep], wanted[:, keep]):
+    if isinstance(model, ReferenceZeroShot):
+        got = torch.stack([tokens.ids for tokens in model.template_tokens])
+        wanted = wanted if wanted.ndim == 3 else wanted[None]
+    else:
+        got = model.tokens.ids
+    keep = torch.ones(wanted.shape[-1], dtype=torch.bool)
+    keep[1 : 1 + model.n_text] = False
+    if got.shape == wanted.shape and torch.equal(got[..., keep], wanted[..., keep]):
         return None
-    return (
-        f"the tokenizer gave other ids than the recorded ones (shape {tuple(tokens.ids.shape)}, {tuple(wanted.shape)})"
-    )
+    return f"the tokenizer gave other ids than the recorded ones (shape {tuple(got.shape)}, {tuple(wanted.shape)})"
 
 
-def measure(model: FastUPT | ReferenceUPT, tensors: dict[str, Tensor], method: str, rms: bool = False) -> Errors:
-    """Run a model with its parameters loaded on a file's images and compare everything the file holds."""
-    parameter = next(model.parameters())
-    images = tensors["images"].to(parameter)
+def measure(model: Model, tensors: dict[str, Tensor], kind: str = "", rms: bool = False, device: str = "cpu") -> Errors:
+    """Run a model with its parameters loaded on a file's images and compare everything the file holds.
+
+    Args:
+        model: with the file's parameters.
+        tensors: the file's.
+        kind: "" or "half.", which of the recorded results.
+        rms: measure errors as in half precision.
+        device: the model's.
+    """
+    wanted = {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith((f"{kind}out.", f"{kind}grad."))}
+    if not kind:
+        wanted |= {n: t for n, t in tensors.items() if n.startswith("mid.")}
+    images, labels = (tensors[name].to(device) for name in ("images", "labels"))
     logits = model(images)
-    loss = F.cross_entropy(logits.to(parameter.dtype), tensors["labels"].to(parameter.device))
-    loss.backward()
+    loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    if loss.requires_grad:
+        loss.backward()
     with torch.no_grad():
-        text, visual = model.prompt_learner()
         results = {
             "out.logits": logits,
             "out.loss": loss,
             "out.image_features": model.encode_image(images),
-            "out.text_features": model.encode_text(),
-            f"mid.{MID_NAMES[method][0]}": text,
-            f"mid.{MID_NAMES[method][1]}": visual,
+            "out.text_features": model.encode_text(images=images),
+            **{f"mid.{name}": prompts for name, prompts in model.prompts(images).items()},
         }
-    pairs = {name: _align(got.detach(), tensors[name]) for name, got in results.items() if name in tensors}
-    gradients = {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.prompt_learner.named_parameters()
-    }
-    wanted = {n[5:]: t for n, t in tensors.items() if n.startswith("grad.")}
-    if gradients.keys() != wanted.keys() or any(got.shape != t.shape for got, t in pairs.values()):
+    pairs = {name: _align(got.detach(), wanted[name]) for name, got in results.items() if name in wanted}
+    # by the names of the state dict, which are those of the files
+    parameters = {_short(n): p for n, p in model.state_dict(keep_vars=True).items()}
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    model.zero_grad(set_to_none=True)
+    expected = {_short(n[5:]): t for n, t in wanted.items() if n.startswith("grad.")}
+    missing = [n for n in wanted if n.startswith("out.") and n not in pairs]
+    if gradients.keys() != expected.keys() or missing or any(got.shape != t.shape for got, t in pairs.values()):
         return Errors(float("inf"), float("inf"))
-    if any(gradients[n].shape != t.shape for n, t in wanted.items()):
+    if any(gradients[n].shape != t.shape for n, t in expected.items()):
         return Errors(float("inf"), float("inf"))
     got_flat, wanted_flat = (
-        torch.cat([g[n].double().cpu().flatten() for n in sorted(wanted)]) for g in (gradients, wanted)
+        torch.cat([torch.zeros(0, dtype=torch.float64), *(g[n].double().cpu().flatten() for n in sorted(expected))])
+        for g in (gradients, expected)
     )
     if rms:
         # each output counts alike; the loss, one number, follows from the logits
         squares = [relative_rms(*pair) ** 2 for name, pair in pairs.items() if name != "out.loss"]
         return Errors((sum(squares) / len(squares)) ** 0.5, relative_rms(got_flat, wanted_flat))
-    gradient_error = float((got_flat - wanted_flat).abs().max()) / (float(wanted_flat.abs().max()) or 1.0)
+    gradient_error = 0.0
+    if expected:
+        gradient_error = float((got_flat - wanted_flat).abs().max()) / (float(wanted_flat.abs().max()) or 1.0)
     return Errors(max(max_error(*pair) for pair in pairs.values()), _inf_if_nan(gradient_error))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from upt_fast import ops
 from upt_fast.config import UPTConfig
 from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
 from upt_fast.testing import relative_rms
 
@@ -192,7 +193,7 @@ def _prompt_transform(
     depth = layers if preset == "paper" else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        learner = UnifiedPromptLearner(config, depth, depth, width, vision_width)
+        learner = UnifiedPromptLearner(config, LearnerSetting(depth, width, depth, vision_width))
     learner = learner.to(numbers.device, numbers.dtype).to(numbers.compute or numbers.dtype)
     with torch.no_grad():
         learner.uni_ctx.copy_(numbers(*learner.uni_ctx.shape, grad=False))

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from upt_fast.kernels.prompt_transform import _bwd, _fwd, prompt_transform
 
 from upt_fast.config import UPTConfig
+from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
 from upt_fast.testing import relative_rms
 
@@ -171,7 +172,7 @@ def test_opcheck(released):
 def test_learner(config):
     released = config.preset == "released"
     layers = 1 if released else 3
-    learner = UnifiedPromptLearner(config, layers, layers, 32, 48).to(DEVICE).eval()
+    learner = UnifiedPromptLearner(config, LearnerSetting(layers, 32, layers, 48)).to(DEVICE).eval()
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

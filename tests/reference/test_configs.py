@@ -13,7 +13,6 @@ from upt_fast.config import (
     IVLPConfig,
     MaPLeConfig,
     MVPTConfig,
-    UPTAblationConfig,
     UPTConfig,
     VPTConfig,
     ZeroShotConfig,
@@ -23,7 +22,7 @@ from upt_fast.reference import METHODS
 
 OTHERS = [
     UPTConfig("released", n_text=2),
-    UPTAblationConfig(transform="none", shared=True, layerwise=False),
+    UPTConfig(transform="none", shared=True, layerwise=False),
     CoOpConfig(8, class_specific=True, class_token_position="front"),
     CoCoOpConfig(ctx_init="a photo of a"),
     VPTConfig(2, templates=("imagenet_select", "a {}.")),
@@ -97,15 +96,15 @@ BAD: list[tuple[Callable, dict, str]] = [
     (ZeroShotConfig, {"templates": ["a {}.", 3]}, "template 3; wanted"),
     (ZeroShotConfig, {"templates": "a {} and a {}."}, "template 'a {} and a {}.'"),
     (ZeroShotConfig, {"templates": "a {name}."}, "template 'a {name}.'"),
-    (UPTAblationConfig, {"n_text": 0}, "n_text=0"),
-    (UPTAblationConfig, {"transform": "cnn"}, "transform='cnn'; wanted one of 'transformer', 'mlp', 'none'"),
-    (UPTAblationConfig, {"shared": 1}, "shared=1; wanted True or False"),
-    (UPTAblationConfig, {"layerwise": None}, "layerwise=None; wanted True or False"),
-    (UPTAblationConfig, {"preset": "released", "joint": True}, "joint=True with preset='released'; wanted preset='pa"),
-    (UPTAblationConfig, {"preset": "released", "transform": "mlp"}, "transform='mlp' with preset='released'"),
-    (UPTAblationConfig, {"shared": True, "n_text": 3}, "n_text=3 and n_visual=4 with shared=True.*equal numbers"),
-    (UPTAblationConfig, {"shared": True, "joint": True}, "joint=True and shared=True; wanted one or the other"),
-    (UPTAblationConfig, {"joint": True, "transform": "mlp"}, "transform='mlp' with joint=True.*wanted 'none'"),
+    (UPTConfig, {"n_text": 0}, "n_text=0"),
+    (UPTConfig, {"transform": "cnn"}, "transform='cnn'; wanted one of 'transformer', 'mlp', 'none'"),
+    (UPTConfig, {"shared": 1}, "shared=1; wanted True or False"),
+    (UPTConfig, {"layerwise": None}, "layerwise=None; wanted True or False"),
+    (UPTConfig, {"preset": "released", "joint": True}, "joint=True with preset='released'; wanted preset='pa"),
+    (UPTConfig, {"preset": "released", "transform": "mlp"}, "transform='mlp' with preset='released'"),
+    (UPTConfig, {"shared": True, "n_text": 3}, "n_text=3 and n_visual=4 with shared=True.*equal numbers"),
+    (UPTConfig, {"shared": True, "joint": True}, "joint=True and shared=True; wanted one or the other"),
+    (UPTConfig, {"joint": True, "transform": "mlp"}, "transform='mlp' with joint=True.*wanted 'none'"),
 ]
 
 

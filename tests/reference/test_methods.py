@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast.clip.tokens import clip_tokenizer
-from upt_fast.config import CoOpConfig, UPTAblationConfig, UPTConfig
+from upt_fast.config import CoOpConfig, UPTConfig
 from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
 from upt_fast.testing import max_error, random_clip
 
@@ -380,9 +380,6 @@ def assert_equal_prompts(got, wanted, tolerance: float = 1e-13) -> None:
 
 
 def test_the_default_is_upt():
-    assert UPTAblationConfig.of(UPTConfig(n_text=3)) == UPTAblationConfig(n_text=3)
-    config = UPTAblationConfig(shared=True)
-    assert UPTAblationConfig.of(config) is config
     torch.manual_seed(0)
     plain = ReferenceUPT(make_clip(), NAMES, config=UPTConfig(n_text=3, n_visual=2))
     torch.manual_seed(0)

@@ -115,5 +115,10 @@ class FrozenCLIP:
         return self.vision.blocks[0].in_proj_weight.dtype
 
     @property
+    def embed_dim(self) -> int:
+        """e, of the features."""
+        return self.vision.width if self.vision.projection is None else self.vision.projection.shape[1]
+
+    @property
     def device(self) -> torch.device:
         return self.vision.conv_weight.device

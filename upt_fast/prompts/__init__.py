@@ -1,5 +1,5 @@
-"""Prompt learners, one per file: parameters -> prompts for both towers."""
+"""Prompt learners, one method per file: parameters -> prompts for both towers."""
 
-from upt_fast.prompts.unified import Prompts, UnifiedPromptLearner
+from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
-__all__ = ["Prompts", "UnifiedPromptLearner"]
+__all__ = ["LearnerSetting", "PromptLearner", "Prompts"]

@@ -7,54 +7,52 @@ linear map W_o (W_v u + b_v) + b_o, so queries and keys, whose gradients are zer
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast import dispatch
 from upt_fast.config import UPTConfig
+from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 
-class Prompts(NamedTuple):
-    """Prompts of S sets; [:, i] enters layer i."""
-
-    text: Tensor  # (S, depth_text, n_text, d)
-    visual: Tensor  # (S, depth_vision, n_visual, w)
-
-
-class UnifiedPromptLearner(nn.Module):
-    """The prompts U and the transform theta of UPT.
+class UnifiedPromptLearner(PromptLearner):
+    """The prompts U and the transform theta of UPT, or what an ablation of :class:`UPTConfig` leaves of them.
 
     Args:
-        config: preset, numbers of prompts, heads, dropout.
-        depth_text: text layers that get prompts.
-        depth_vision: image layers that get prompts.
-        text_width: d.
-        vision_width: w.
+        config: preset, numbers of prompts, heads, dropout, ablation.
+        setting: layers and widths of the towers.
     Raises:
-        ValueError: attention_heads does not divide text_width.
+        ValueError: a depth is larger than its tower; attention_heads does not divide the text width.
     """
 
-    def __init__(
-        self, config: UPTConfig, depth_text: int, depth_vision: int, text_width: int, vision_width: int
-    ) -> None:
-        super().__init__()
-        if text_width % config.attention_heads:
-            raise ValueError(f"attention_heads={config.attention_heads} does not divide the text width {text_width}")
-        self.config, self.depth_text, self.depth_vision = config, depth_text, depth_vision
+    method = "upt"
+    config_class = UPTConfig
+
+    def __init__(self, config: UPTConfig, setting: LearnerSetting) -> None:
+        super().__init__(config, setting)
+        self.n_text, self.class_token_position = config.n_text, config.class_token_position
+        self.depth_text, self.depth_vision = config.depths(setting.text_layers, setting.vision_layers)
         self.backend = "torch"  # of the transform; the model that owns the learner sets its own
-        self.uni_ctx = nn.Parameter(
-            torch.empty(max(depth_text, depth_vision), config.n_text + config.n_visual, text_width)
-        )
-        nn.init.normal_(self.uni_ctx, std=0.02)
-        self.self_attn = nn.MultiheadAttention(text_width, config.attention_heads)  # holds the parameters
-        self.norm1 = nn.LayerNorm(text_width)
-        self.norm2 = nn.LayerNorm(text_width)
-        self.linear1 = nn.Linear(text_width, text_width)
-        self.linear2 = nn.Linear(text_width, text_width)
-        self.mlp = nn.Linear(text_width, vision_width)
+        width, vision_width = setting.text_width, setting.vision_width
+        if config.joint:
+            layers = (self.depth_text, self.depth_vision) if config.layerwise else (1, 1)
+            self.ctx = nn.Parameter(torch.empty(layers[0], config.n_text, width).normal_(std=0.02))
+            self.visual_ctx = nn.Parameter(torch.empty(layers[1], config.n_visual, vision_width).normal_(std=0.02))
+            return
+        if config.transform == "transformer" and width % config.attention_heads:
+            raise ValueError(f"attention_heads={config.attention_heads} does not divide the text width {width}")
+        count = config.n_text if config.shared else config.n_text + config.n_visual
+        sets = max(self.depth_text, self.depth_vision) if config.layerwise else 1
+        self.uni_ctx = nn.Parameter(torch.empty(sets, count, width).normal_(std=0.02))
+        if config.transform == "transformer":
+            self.self_attn = nn.MultiheadAttention(width, config.attention_heads)  # holds the parameters
+        if config.transform != "none":
+            self.norm1 = nn.LayerNorm(width)
+            self.norm2 = nn.LayerNorm(width)
+            self.linear1 = nn.Linear(width, width)
+            self.linear2 = nn.Linear(width, width)
+        self.mlp = nn.Linear(width, vision_width)
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout_p, self.training)
@@ -63,13 +61,16 @@ class UnifiedPromptLearner(nn.Module):
         return self._dropout(self.linear2(self._dropout(F.relu(self.linear1(x)))))
 
     def transform_paper(self, u: Tensor) -> Tensor:
-        """U' = SA(U) + LN1(U); FFN(LN2(U')) + LN2(U'), for prompts u (D, N, d) of D layers."""
-        heads = self.config.attention_heads
-        qkv = F.linear(u, self.self_attn.in_proj_weight, self.self_attn.in_proj_bias)
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (D, heads, N, K)
-        dropout_p = self.config.dropout_p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(2)
-        x = self.norm2(self._dropout(self.self_attn.out_proj(attended)) + self.norm1(u))
+        """U' = SA(U) + LN1(U); FFN(LN2(U')) + LN2(U'), for prompts u (D, N, d) of D layers; "mlp" has no SA(U)."""
+        x = self.norm1(u)
+        if self.config.transform == "transformer":
+            heads = self.config.attention_heads
+            qkv = F.linear(u, self.self_attn.in_proj_weight, self.self_attn.in_proj_bias)
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (D, heads, N, K)
+            dropout_p = self.config.dropout_p if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(2)
+            x = self._dropout(self.self_attn.out_proj(attended)) + x
+        x = self.norm2(x)
         return self._ffn(x) + x
 
     def transform_released(self, u: Tensor) -> Tensor:
@@ -84,22 +85,40 @@ class UnifiedPromptLearner(nn.Module):
 
     def forward(self) -> Prompts:
         """Prompts of one set: text (1, depth_text, n_text, d) and visual (1, depth_vision, n_visual, w)."""
-        n_text = self.config.n_text
-        dropout_p = self.config.dropout_p if self.training else 0.0
-        if dispatch.choose("prompt_transform", self.backend, self.uni_ctx, dropout_p) == "triton":
-            text, visual = self._transform_by_kernel()
-            return Prompts(text[None, : self.depth_text], visual[None, : self.depth_vision])
-        if self.config.preset == "paper":
-            transformed = self.transform_paper(self.uni_ctx)
-            text, visual = transformed[: self.depth_text, :n_text], transformed[: self.depth_vision, n_text:]
-        elif dropout_p:
+        text, visual = (self.ctx, self.visual_ctx) if self.config.joint else self._transformed()
+        # with layerwise=False one set serves all layers
+        text, visual = (
+            t.expand(depth, -1, -1) if len(t) == 1 else t[:depth]
+            for t, depth in ((text, self.depth_text), (visual, self.depth_vision))
+        )
+        return Prompts(text[None], visual[None])
+
+    def _transformed(self) -> tuple[Tensor, Tensor]:
+        """(D, n_text, d) and (D, n_visual, w) prompts of D layers."""
+        config = self.config
+        u: Tensor = self.uni_ctx
+        n_text, first_visual = config.n_text, 0 if config.shared else config.n_text
+        dropout_p = config.dropout_p if self.training else 0.0
+        has_kernel = config.transform == "transformer" and not config.shared
+        if has_kernel and dispatch.choose("prompt_transform", self.backend, u, dropout_p) == "triton":
+            return self._transform_by_kernel()
+        if config.preset == "released" and dropout_p:
             # the released code runs the whole network once per modality, visual first, with masks of its own
-            visual = self.transform_released(self.uni_ctx)[:, n_text:]
-            text = self.transform_released(self.uni_ctx)[:, :n_text]
-        else:
-            transformed = self.transform_released(self.uni_ctx)
-            text, visual = transformed[:, :n_text], transformed[:, n_text:]
-        return Prompts(text[None], self.mlp(visual)[None])
+            visual = self.transform_released(u)[:, n_text:]
+            return self.transform_released(u)[:, :n_text], self.mlp(visual)
+        if config.preset == "released":
+            u = self.transform_released(u)
+        elif config.transform != "none":
+            u = self.transform_paper(u)
+        return u[:, :n_text], self.mlp(u[:, first_visual:])
+
+    def named_prompts(self, image_features: Tensor | None = None) -> dict[str, Tensor]:
+        """ "paper": "text_prompts" (depth_text, n_text, d) and "visual_prompts" (depth_vision, n_visual, w);
+        "released": "text_ctx" (n_text, d) and "visual_ctx" (n_visual, w)."""
+        text, visual = (t[0] for t in self() if t is not None)
+        if self.config.preset == "released":
+            return {"text_ctx": text[0], "visual_ctx": visual[0]}
+        return {"text_prompts": text, "visual_prompts": visual}
 
     def _transform_by_kernel(self) -> tuple[Tensor, Tensor]:
         from upt_fast.kernels.prompt_transform import prompt_transform

@@ -146,8 +146,8 @@ class ReferencePromptedCLIP(nn.Module):
             logits = (scaled[:, None] @ text_features.transpose(1, 2))[:, 0]
         return logits if self.clip_model.logit_bias is None else logits + self.clip_model.logit_bias
 
-    def encode_text(self, normalize: bool = True) -> Tensor:
-        """(C, e) features of the classes."""
+    def encode_text(self, normalize: bool = True, images: Tensor | None = None) -> Tensor:
+        """(C, e) features of the classes; images are read by methods whose texts depend on them."""
         return self._encode_text(self.tower_prompts().text, normalize)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:

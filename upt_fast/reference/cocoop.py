@@ -57,9 +57,7 @@ class ReferenceCoCoOp(ReferencePromptedCLIP):
 
     def build(self, frozen: FrozenCLIP, classnames: tuple[str, ...]) -> None:
         self.n_text, self.prefix = self.config.n_text, self.config.prefix
-        vision = frozen.vision
-        embed_dim = vision.width if vision.projection is None else vision.projection.shape[1]
-        self.prompt_learner = CoCoOpLearner(self.initial_context(frozen), embed_dim)
+        self.prompt_learner = CoCoOpLearner(self.initial_context(frozen), frozen.embed_dim)
 
     def prompts(self, images: Tensor | None = None) -> dict[str, Tensor]:
         """ "text_ctx" (n, d), and with images "bias" (B, d), h of each image."""

@@ -9,20 +9,17 @@ paper
 released
     x   = LN1(U + SA(U)),  y = x + FFN(LN2(x))    self-attention over sequences of length one; input layer only.
 
-and so are the learners that the paper compares itself with (:class:`UPTAblationConfig`).
+and so are the learners that the paper compares itself with (the last options of :class:`UPTConfig`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.config import MethodConfig, UPTAblationConfig, UPTConfig
+from upt_fast.config import UPTConfig
 from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
 
 
@@ -41,7 +38,7 @@ class ReferencePromptLearner(nn.Module):
         self, config: UPTConfig, depth_text: int, depth_vision: int, text_width: int, vision_width: int
     ) -> None:
         super().__init__()
-        self.config = config = UPTAblationConfig.of(config)
+        self.config = config
         if config.transform == "transformer" and text_width % config.attention_heads:
             raise ValueError(f"attention_heads={config.attention_heads} does not divide the text width {text_width}")
         self.depth_text, self.depth_vision = depth_text, depth_vision
@@ -105,7 +102,7 @@ class ReferenceJointLearner(nn.Module):
     """
 
     def __init__(
-        self, config: UPTAblationConfig, depth_text: int, depth_vision: int, text_width: int, vision_width: int
+        self, config: UPTConfig, depth_text: int, depth_vision: int, text_width: int, vision_width: int
     ) -> None:
         super().__init__()
         self.depth_text, self.depth_vision = depth_text, depth_vision
@@ -121,18 +118,11 @@ class ReferenceJointLearner(nn.Module):
 
 
 class ReferenceUPT(ReferencePromptedCLIP):
-    """Unified Prompt Tuning of a frozen CLIP, plain; its options are the fields of :class:`UPTAblationConfig`."""
+    """Unified Prompt Tuning of a frozen CLIP, plain; its options are the fields of :class:`UPTConfig`."""
 
     method = "upt"
-    config_class = UPTAblationConfig
-    config: UPTAblationConfig
-
-    def __init__(
-        self, clip_model: nn.Module, classnames: Sequence[str], *, config: MethodConfig | None = None, **options: Any
-    ) -> None:
-        if isinstance(config, UPTConfig):
-            config = UPTAblationConfig.of(config)
-        super().__init__(clip_model, classnames, config=config, **options)
+    config_class = UPTConfig
+    config: UPTConfig
 
     def build(self, frozen: FrozenCLIP, classnames: tuple[str, ...]) -> None:
         self.n_text, self.class_token_position = self.config.n_text, self.config.class_token_position

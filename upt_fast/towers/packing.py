@@ -8,7 +8,7 @@ only its own rows: name, full stop, end token (and the prompts behind the name, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class PackedClasses(nn.Module):
         positional_embedding: (T, d).
         dtype: dtype of the rows.
         class_sets: the prompt set of each class; None: all in set 0.
+        per_class: each class has prompts of its own, which are then rows of that class.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class PackedClasses(nn.Module):
         positional_embedding: Tensor,
         dtype: torch.dtype,
         class_sets: Sequence[int] | None = None,
+        per_class: bool = False,
     ) -> None:
         super().__init__()
-        # prompts in front of the name are shared by the classes, those behind it are rows of each class
-        self.num_shared = {"end": n_text, "middle": n_text // 2, "front": 0}[class_token_position]
-        num_inner = n_text - self.num_shared
+        # prompts in front of the name are shared by the classes, unless each has its own; the others are rows of each
+        num_before = {"end": n_text, "middle": n_text // 2, "front": 0}[class_token_position]
+        self.num_shared = 0 if per_class else num_before
+        self.per_class = per_class
+        num_inner, inner_before = n_text - self.num_shared, num_before - self.num_shared
         sets = [0] * len(tokens.pooled) if class_sets is None else list(class_sets)
         lengths = [pooled - self.num_shared for pooled in tokens.pooled]  # rows from the name to the pooled row
         order = sorted(range(len(lengths)), key=lambda c: (sets[c], lengths[c]))
@@ -57,12 +61,12 @@ class PackedClasses(nn.Module):
                 run.append([0, lengths[c]])
             run[-1][0] += 1
             text = token_embedding[tokens.ids[c, 1 + n_text :].to(token_embedding.device)].to(dtype)
-            name = tokens.name_lengths[c] if num_inner else 0
+            name = tokens.name_lengths[c] if num_inner > inner_before else 0
             hole = text.new_zeros(num_inner, text.shape[1])
-            row = torch.cat([text[:name], hole, text[name:]])[: lengths[c]]
+            row = torch.cat([hole[:inner_before], text[:name], hole[inner_before:], text[name:]])[: lengths[c]]
             first = 1 + self.num_shared
             rows.append(row + positional_embedding[first : first + lengths[c]].to(dtype))
-            inner_rows += [[num_rows + name + j for j in range(num_inner)]]
+            inner_rows += [[num_rows + j + (name if j >= inner_before else 0) for j in range(num_inner)]]
             num_rows += lengths[c]
 
         device = token_embedding.device
@@ -72,7 +76,7 @@ class PackedClasses(nn.Module):
         self._constant("rows", torch.cat(rows))
         self._constant("last_rows", last_rows)
         self._constant("inner_rows", torch.tensor(inner_rows, device=device, dtype=torch.int64))
-        self._constant("inner_sets", torch.tensor([sets[c] for c in order], device=device))
+        self._constant("inner_sets", torch.tensor(order if per_class else [sets[c] for c in order], device=device))
         self._constant("inverse", torch.tensor(order, device=device).argsort())
         self._constant("sos", (token_embedding[tokens.ids[0, 0]].to(dtype) + positional_embedding[0].to(dtype))[None])
         self._constant("prompt_positions", positional_embedding[1 : 1 + self.num_shared].to(dtype))
@@ -81,11 +85,12 @@ class PackedClasses(nn.Module):
         # filled by the text tower: keys and values of the start token in every layer, layer 0's q, k, v of the rows
         self._constant("sos_kv", None)
         self._constant("first_qkv", None)
+        self._repeated: dict[int, PackedClasses] = {}
 
     rows: Tensor  # (N, d) embeddings plus positions; rows that prompts will fill hold the position alone
     last_rows: Tensor  # (C,) each class's pooled row
     inner_rows: Tensor  # (C, num_inner) rows that prompts fill
-    inner_sets: Tensor  # (C,) prompt set of each class
+    inner_sets: Tensor  # (C,) prompt set of each class, or with per_class its place among all classes
     inverse: Tensor  # (C,) packed place of each class, in the order the user gave
     sos: Tensor  # (1, d)
     prompt_positions: Tensor  # (num_shared, d)
@@ -96,6 +101,50 @@ class PackedClasses(nn.Module):
     def places(self) -> BufferPlaces:
         """Where the rows of [start token and shared prompts ; own rows] of all classes lie in one buffer."""
         return BufferPlaces(*(getattr(self, f"places_{name}") for name in BufferPlaces._fields))
+
+    def repeated(self, sets: int) -> PackedClasses:
+        """The same classes once for each of several prompt sets, set by set; the last two are kept.
+
+        Args:
+            sets: S, at least 1.
+        """
+        assert len(self.layout.sets) == 1
+        assert not self.per_class
+        if sets == 1:
+            return self
+        if sets not in self._repeated:
+            if len(self._repeated) > 1:
+                del self._repeated[next(iter(self._repeated))]
+            self._repeated[sets] = self._repeat(sets)
+        return self._repeated[sets]
+
+    def _repeat(self, sets: int) -> PackedClasses:
+        num_rows, num_classes = len(self.rows), len(self.last_rows)
+
+        def offset(index: Tensor, step: int) -> Tensor:
+            steps = step * torch.arange(sets, device=index.device).view(-1, *[1] * index.ndim)
+            return (index + steps).flatten(0, 1)
+
+        copy = PackedClasses.__new__(PackedClasses)
+        nn.Module.__init__(copy)
+        copy.num_shared, copy.num_inner, copy.per_class, copy._repeated = self.num_shared, self.num_inner, False, {}
+        copy.layout = PackedLayout(self.layout.sets * sets)
+        copy._constant("rows", self.rows.repeat(sets, 1))
+        copy._constant("last_rows", offset(self.last_rows, num_rows))
+        copy._constant("inner_rows", offset(self.inner_rows, num_rows))
+        copy._constant("inner_sets", offset(self.inner_sets, 1))
+        copy._constant("inverse", offset(self.inverse, num_classes))
+        for name in ("sos", "prompt_positions", "sos_kv"):
+            copy._constant(name, getattr(self, name))
+        # keys and values of the names in layer 0 are those of one set
+        copy._constant("first_qkv", None if self.first_qkv is None else self.first_qkv.repeat(1, sets, 1, 1))
+        for field, places in BufferPlaces.of(copy.layout, 1 + self.num_shared)._asdict().items():
+            copy._constant(f"places_{field}", places.to(self.rows.device))
+        return copy
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self._repeated.clear()
+        return super()._apply(fn, recurse)
 
     def _constant(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)

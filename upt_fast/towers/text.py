@@ -43,13 +43,17 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def pack(
-        self, tokens: ClassTokens, n_text: int, class_token_position: str = "end", class_sets: list[int] | None = None
+        self,
+        tokens: ClassTokens,
+        n_text: int,
+        class_token_position: str = "end",
+        class_sets: list[int] | None = None,
+        per_class: bool = False,
     ) -> PackedClasses:
         """Pack class names and compute what no prompt can change; see :class:`PackedClasses` for the arguments."""
         dtype = self.blocks.qkv_weight.dtype
-        packed = PackedClasses(
-            tokens, n_text, class_token_position, self.token_embedding, self.positional_embedding, dtype, class_sets
-        )
+        embeddings = self.token_embedding, self.positional_embedding
+        packed = PackedClasses(tokens, n_text, class_token_position, *embeddings, dtype, class_sets, per_class)
         x, sos_kv, workspace = packed.sos, [], None
         for i in range(self.blocks.num_layers):
             _, k, v = self.blocks.qkv(i, x)
@@ -60,19 +64,43 @@ class TextTower(nn.Module):
             packed.first_qkv = torch.stack(self.blocks.qkv(0, packed.rows))
         return packed
 
-    def forward(self, prompts: Tensor, packed: PackedClasses) -> Tensor:
+    def for_sets(self, prompts: Tensor, packed: PackedClasses) -> Tensor:
+        """Features (S, C, e) of the same C classes under each of S sets of prompts (S, depth, n_text, d)."""
+        return self(prompts, packed.repeated(len(prompts))).unflatten(0, (len(prompts), -1))
+
+    def bytes_per_set(self, packed: PackedClasses, backward: bool) -> int:
+        """About what one more set of prompts adds to the peak memory of :meth:`for_sets`.
+
+        Args:
+            packed: the classes of one set.
+            backward: whether what backward needs is kept.
+        """
+        blocks = self.blocks
+        rows, hidden = len(packed.rows), blocks.fc_weight.shape[1]
+        layer = (
+            6 * blocks.width + hidden
+        )  # inputs of the LayerNorms, q, k, v, attention's output; the activation's input
+        kept = {"fast": layer, "balanced": 6 * blocks.width, "lean": blocks.width}[blocks.memory]
+        numbers = blocks.num_layers * kept if backward else 0
+        return rows * (numbers + 2 * layer) * packed.rows.dtype.itemsize
+
+    def forward(self, prompts: Tensor | None, packed: PackedClasses) -> Tensor:
         """Features of the classes.
 
         Args:
-            prompts: (S, depth, n_text, d) prompts of S sets, [:, i] entering layer i.
+            prompts: (S, depth, n_text, d) prompts of S sets, [:, i] entering layer i; (C, depth, n_text, d) where
+                each class has its own; None: none.
             packed: C class names.
         Returns:
             (C, e), not normalised, in the order the classes were given.
         """
         blocks, last = self.blocks, self.blocks.num_layers - 1
+        if prompts is None:
+            prompts = packed.rows.new_empty(len(packed.layout.sets), 1, 0, blocks.width)
         prompts = prompts.to(packed.rows.dtype).transpose(0, 1)  # (depth, S, n, d)
         depth, shared = len(prompts), packed.num_shared
-        prefix_rows, prompt_kv = self._prefix(prompts[:, :, :shared], packed)
+        in_front = prompts[:, : len(packed.layout.sets), :shared]  # prompts of each class's own share nothing
+        prefix_rows, prompt_kv = self._prefix(in_front, packed)
         x, y, workspace = packed.rows, None, blocks.workspace()
         prefix_workspace = blocks.workspace("prompts")
         for i in range(blocks.num_layers):

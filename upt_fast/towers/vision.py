@@ -66,13 +66,16 @@ class VisionTower(nn.Module):
             return x
         return F.layer_norm(x, x.shape[-1:], self.pre_weight, self.pre_bias, self.pre_eps)
 
-    def forward(self, images: Tensor, prompts: Tensor, set_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, prompts: Tensor | None, set_index: Tensor | None = None, after_ln_pre: bool = False
+    ) -> Tensor:
         """Features of images.
 
         Args:
             images: (B, 3, H, W), normalised as the CLIP expects.
-            prompts: (S, depth, n_visual, w) prompts of S sets, [:, i] entering layer i.
+            prompts: (S, depth, n_visual, w) prompts of S sets, [:, i] entering layer i; None: none.
             set_index: (B,) int64, each image's set; None where S is 1.
+            after_ln_pre: the prompts of layer 0 do not pass the LayerNorm in front of it.
         Returns:
             (B, e), not normalised.
         Raises:
@@ -86,8 +89,9 @@ class VisionTower(nn.Module):
                 f"images of {images.dtype}; wanted floating-point images normalised with the CLIP's mean and std"
             )
         x = self.embed(images)
-        prompts = prompts.to(x.dtype).transpose(0, 1)  # (depth, S, n, w)
-        entering = [self._pre_norm(prompts[0]), *prompts[1:].unbind()]  # (S, n, w) each
+        prompts = x.new_empty(1, 1, 0, x.shape[2]) if prompts is None else prompts.to(x.dtype)
+        first, *others = prompts.unbind(1)  # (S, n, w) each
+        entering = [first if after_ln_pre else self._pre_norm(first), *others]
         x = self._run_stream(x, entering, set_index) if self.blocks.streams else self._run(x, entering, set_index)
         if self.pooling == "tok":
             return self.head(x[:, 0])

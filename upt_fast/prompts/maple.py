@@ -1,0 +1,40 @@
+"""MaPLe (arXiv 2210.03117): text prompts in the first layers, and visual prompts that are linear maps of them.
+
+Attention over image tokens has no order: the released code's visual prompts stand behind the patches, here in front.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from upt_fast.config import MaPLeConfig
+from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
+
+
+class MaPLe(PromptLearner):
+    """``ctx`` (n, d) and ``proj`` of the input layer, ``compound_*`` of the layers after it."""
+
+    method = "maple"
+    config_class = MaPLeConfig
+
+    def __init__(self, config: MaPLeConfig, setting: LearnerSetting) -> None:
+        super().__init__(config, setting)
+        self.n_text, self.prefix, self.half_prompts = config.n_text, config.prefix, config.half_prompts
+        deep, n, d = config.layers(setting.text_layers, setting.vision_layers) - 1, config.n_ctx, setting.text_width
+        ctx = setting.initial_context(n, config.prefix)
+        self.proj = nn.Linear(d, setting.vision_width)
+        self.ctx = nn.Parameter(ctx)
+        self.compound_prompts_text = nn.ParameterList(
+            nn.Parameter(torch.empty(n, d).normal_(std=0.02)) for _ in range(deep)
+        )
+        one = nn.Linear(d, setting.vision_width)  # all start from the same values
+        self.compound_prompt_projections = nn.ModuleList(copy.deepcopy(one) for _ in range(deep))
+
+    def forward(self) -> Prompts:
+        text = [self.ctx, *self.compound_prompts_text]
+        maps = [self.proj, *self.compound_prompt_projections]
+        visual = [linear(prompts) for linear, prompts in zip(maps, text, strict=True)]
+        return Prompts(torch.stack(text)[None], torch.stack(visual)[None])
