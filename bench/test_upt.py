@@ -6,88 +6,31 @@ tenth of the classes (group text) and its step is not run.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from common import (
+    CLOSE,
+    DEVICE,
+    anchor,
+    gradients,
+    inputs,
+    measure,
+    measure_peak_memory,
+    model,
+    step,
+    synchronize,
+)
+from torch import Tensor
 
-from upt_fast.testing import bench_classnames, build, relative_rms, vit_b16
+from upt_fast.testing import relative_rms
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLOSE = 1e-4  # relative RMS in float32: logits and all gradients
 STEPS = [
     pytest.param(100, 8, id="C100-B8"),
     pytest.param(100, 32, id="C100-B32", marks=pytest.mark.full),
     pytest.param(1000, 8, id="C1000-B8"),
 ]
-
-
-@cache
-def clip() -> nn.Module:
-    return vit_b16().to(DEVICE)
-
-
-@cache
-def model(provider: str, classes: int) -> nn.Module:
-    torch.manual_seed(0)
-    return build(provider, clip(), bench_classnames(classes)).to(DEVICE).train()
-
-
-@cache
-def inputs(classes: int, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(batch, 3, 224, 224, generator=generator)
-    return images.to(DEVICE), torch.randint(classes, (batch,), generator=generator).to(DEVICE)
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def gradients(module: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in module.parameters()])
-
-
-def step(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    module.zero_grad(set_to_none=True)
-    logits = module(images)
-    F.cross_entropy(logits, labels).backward()
-    synchronize()
-    return logits.detach()
-
-
-@cache
-def anchor(classes: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Logits and gradients of the truncated reference, against which the others are checked."""
-    module = model("truncated", classes)
-    logits = step(module, *inputs(classes, batch))
-    return logits, gradients(module)
-
-
-@cache
-def gemm_peak() -> float:
-    """GFLOP/s of the product that dominates a ViT-B/16 step, (1576, 768) x (768, 3072), on this machine now."""
-    a, b = torch.randn(1576, 768, device=DEVICE), torch.randn(768, 3072, device=DEVICE)
-    best = 0.0
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        synchronize()
-        best = max(best, 2 * 1576 * 768 * 3072 / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-def measure(benchmark, function, *, rounds: int, **info) -> None:  # type: ignore[no-untyped-def]
-    benchmark.extra_info.update(info, device=DEVICE, dtype="float32", gemm_peak_gflops=round(gemm_peak()))
-    benchmark.pedantic(function, rounds=rounds, iterations=1)
 
 
 @pytest.mark.parametrize("provider", ["truncated", "fast", "reference"])
@@ -186,11 +129,4 @@ def test_inference(benchmark, provider: str) -> None:  # type: ignore[no-untyped
 def test_peak_memory(benchmark, provider: str, classes: int) -> None:  # type: ignore[no-untyped-def]
     """Peak memory of a step at batch 8 in a process of its own; the time is that of the whole process."""
     benchmark.group = f"peak memory C={classes} B=8 (see extra_info)"
-    command = [sys.executable, str(Path(__file__).with_name("peak_memory.py")), provider, str(classes), "8"]
-
-    def run() -> dict[str, float]:
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    found = benchmark.pedantic(run, rounds=1)
-    benchmark.extra_info.update(found, provider=provider)
-    assert found["process_mib"] > found["activations_mib"] > 0
+    measure_peak_memory(benchmark, provider, classes, 8)

@@ -9,6 +9,7 @@ only its own rows: name, full stop, end token (and the prompts behind the name, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class PackedClasses(nn.Module):
         # filled by the text tower: keys and values of the start token in every layer, layer 0's q, k, v of the rows
         self._constant("sos_kv", None)
         self._constant("first_qkv", None)
-        self._repeated: dict[int, PackedClasses] = {}
+        self._repeated: dict[int, RepeatedClasses] = {}
 
     rows: Tensor  # (N, d) embeddings plus positions; rows that prompts will fill hold the position alone
     last_rows: Tensor  # (C,) each class's pooled row
@@ -102,45 +103,53 @@ class PackedClasses(nn.Module):
         """Where the rows of [start token and shared prompts ; own rows] of all classes lie in one buffer."""
         return BufferPlaces(*(getattr(self, f"places_{name}") for name in BufferPlaces._fields))
 
-    def repeated(self, sets: int) -> PackedClasses:
-        """The same classes once for each of several prompt sets, set by set; the last two are kept.
+    def repeated(self, sets: int, with_places: bool) -> PackedClasses | RepeatedClasses:
+        """The same classes once for each of several prompt sets, set by set; those of the last two numbers are kept.
 
         Args:
             sets: S, at least 1.
+            with_places: whether ``places`` is needed.
         """
         assert len(self.layout.sets) == 1
         assert not self.per_class
         if sets == 1:
             return self
+        if torch.compiler.is_compiling():  # its graph keeps them
+            return self._repeat(sets, with_places)
         if sets not in self._repeated:
             if len(self._repeated) > 1:
                 del self._repeated[next(iter(self._repeated))]
-            self._repeated[sets] = self._repeat(sets)
+            self._repeated[sets] = self._repeat(sets, with_places)
         return self._repeated[sets]
 
-    def _repeat(self, sets: int) -> PackedClasses:
+    def _repeat(self, sets: int, with_places: bool) -> RepeatedClasses:
         num_rows, num_classes = len(self.rows), len(self.last_rows)
 
         def offset(index: Tensor, step: int) -> Tensor:
             steps = step * torch.arange(sets, device=index.device).view(-1, *[1] * index.ndim)
             return (index + steps).flatten(0, 1)
 
-        copy = PackedClasses.__new__(PackedClasses)
-        nn.Module.__init__(copy)
-        copy.num_shared, copy.num_inner, copy.per_class, copy._repeated = self.num_shared, self.num_inner, False, {}
-        copy.layout = PackedLayout(self.layout.sets * sets)
-        copy._constant("rows", self.rows.repeat(sets, 1))
-        copy._constant("last_rows", offset(self.last_rows, num_rows))
-        copy._constant("inner_rows", offset(self.inner_rows, num_rows))
-        copy._constant("inner_sets", offset(self.inner_sets, 1))
-        copy._constant("inverse", offset(self.inverse, num_classes))
-        for name in ("sos", "prompt_positions", "sos_kv"):
-            copy._constant(name, getattr(self, name))
-        # keys and values of the names in layer 0 are those of one set
-        copy._constant("first_qkv", None if self.first_qkv is None else self.first_qkv.repeat(1, sets, 1, 1))
-        for field, places in BufferPlaces.of(copy.layout, 1 + self.num_shared)._asdict().items():
-            copy._constant(f"places_{field}", places.to(self.rows.device))
-        return copy
+        layout = PackedLayout(self.layout.sets * sets)
+        places = None
+        if with_places:
+            of = BufferPlaces.of(layout, 1 + self.num_shared)
+            places = BufferPlaces(*(t.to(self.rows.device) for t in of))
+        return RepeatedClasses(
+            layout=layout,
+            num_shared=self.num_shared,
+            num_inner=self.num_inner,
+            rows=self.rows.repeat(sets, 1),
+            last_rows=offset(self.last_rows, num_rows),
+            inner_rows=offset(self.inner_rows, num_rows),
+            inner_sets=offset(self.inner_sets, 1),
+            inverse=offset(self.inverse, num_classes),
+            sos=self.sos,
+            prompt_positions=self.prompt_positions,
+            sos_kv=self.sos_kv,
+            # layer 0 is computed for one set and shared by all
+            first_qkv=None if self.first_qkv is None else self.first_qkv.repeat(1, sets, 1, 1),
+            places=places,
+        )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         self._repeated.clear()
@@ -148,3 +157,21 @@ class PackedClasses(nn.Module):
 
     def _constant(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)
+
+
+class RepeatedClasses(NamedTuple):
+    """:class:`PackedClasses` once for each of several prompt sets."""
+
+    layout: PackedLayout
+    num_shared: int
+    num_inner: int
+    rows: Tensor
+    last_rows: Tensor
+    inner_rows: Tensor
+    inner_sets: Tensor
+    inverse: Tensor
+    sos: Tensor
+    prompt_positions: Tensor
+    sos_kv: Tensor | None
+    first_qkv: Tensor | None
+    places: BufferPlaces | None

@@ -16,8 +16,10 @@ from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.tokens import ClassTokens
 from upt_fast.layout import PackedLayout
 from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
-from upt_fast.towers.packing import PackedClasses
+from upt_fast.towers.packing import PackedClasses, RepeatedClasses
 from upt_fast.workspace import Workspace
+
+Packed = PackedClasses | RepeatedClasses
 
 
 class TextTower(nn.Module):
@@ -66,7 +68,8 @@ class TextTower(nn.Module):
 
     def for_sets(self, prompts: Tensor, packed: PackedClasses) -> Tensor:
         """Features (S, C, e) of the same C classes under each of S sets of prompts (S, depth, n_text, d)."""
-        return self(prompts, packed.repeated(len(prompts))).unflatten(0, (len(prompts), -1))
+        repeated = packed.repeated(len(prompts), with_places=self.blocks.streams)
+        return self(prompts, repeated).unflatten(0, (len(prompts), -1))
 
     def bytes_per_set(self, packed: PackedClasses, backward: bool) -> int:
         """About what one more set of prompts adds to the peak memory of :meth:`for_sets`.
@@ -84,7 +87,7 @@ class TextTower(nn.Module):
         numbers = blocks.num_layers * kept if backward else 0
         return rows * (numbers + 2 * layer) * packed.rows.dtype.itemsize
 
-    def forward(self, prompts: Tensor | None, packed: PackedClasses) -> Tensor:
+    def forward(self, prompts: Tensor | None, packed: Packed) -> Tensor:
         """Features of the classes.
 
         Args:
@@ -122,7 +125,7 @@ class TextTower(nn.Module):
                 space.end_forward()
         return self.head(x if y is None else x + y)[packed.inverse]
 
-    def _prefix(self, prompts: Tensor, packed: PackedClasses) -> tuple[Tensor, Tensor]:
+    def _prefix(self, prompts: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """Rows entering the last prompted layer (S, P, d), and [start token ; prompts] as keys and values.
 
         Args:
@@ -139,12 +142,12 @@ class TextTower(nn.Module):
         kv = ops.prepend_rows(packed.sos_kv[:depth, None], prompt_kv, layers)
         return entering[-1], kv.unflatten(0, (depth, sets))
 
-    def _propagated_kv(self, i: int, rows: Tensor, packed: PackedClasses) -> Tensor:
+    def _propagated_kv(self, i: int, rows: Tensor, packed: Packed) -> Tensor:
         """[start token ; propagating rows (S, P, d)] as keys and values (S, 1 + P, 2, H, K) of layer i."""
         assert packed.sos_kv is not None
         return ops.prepend_rows(packed.sos_kv[i, None, None], self.blocks.prompt_kv(rows[None], first=i)[0])
 
-    def _prefix_layer(self, i: int, rows: Tensor, packed: PackedClasses, workspace: Workspace | None) -> Tensor:
+    def _prefix_layer(self, i: int, rows: Tensor, packed: Packed, workspace: Workspace | None) -> Tensor:
         """Layer i for the propagating prompt rows (S, P, d), causal behind the start token."""
         assert packed.sos_kv is not None
         sets, length, _ = rows.shape
@@ -154,9 +157,7 @@ class TextTower(nn.Module):
         attended = ops.packed_attention(q, k, v, sos_k, sos_v, layout).view(sets, length, *q.shape[1:])
         return self.blocks.finish(i, rows, attended, workspace)
 
-    def _layer(
-        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: Workspace | None
-    ) -> Tensor:
+    def _layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace | None) -> Tensor:
         if i == 0 and packed.first_qkv is not None:
             q, k, v = packed.first_qkv
         else:
@@ -166,7 +167,7 @@ class TextTower(nn.Module):
         return self.blocks.finish(i, x, attended, workspace)
 
     def _stream_layer(
-        self, i: int, x: Tensor, y: Tensor | None, prefix_kv: Tensor, packed: PackedClasses
+        self, i: int, x: Tensor, y: Tensor | None, prefix_kv: Tensor, packed: Packed
     ) -> tuple[Tensor, Tensor]:
         """Layer i with keys and values in one buffer, [prefix ; own rows] for each class; the last layer pools."""
         blocks = self.blocks
@@ -180,6 +181,7 @@ class TextTower(nn.Module):
                 x, h = ops.add_layer_norm(x, y, eps, backend)
             q, k, v = blocks.stream_qkv(i, h)
         prefix = prefix_kv.shape[1]
+        assert packed.places is not None
         keys, values = (
             ops.insert_shared(own, shared, packed.places, backend)
             for own, shared in zip((k, v), prefix_kv.unbind(2), strict=True)
@@ -189,9 +191,7 @@ class TextTower(nn.Module):
         attended = ops.buffer_attention(q, keys, values, packed.layout, prefix, backend)
         return blocks.stream_finish(i, x, attended)
 
-    def _last_layer(
-        self, i: int, x: Tensor, prefix_kv: Tensor, packed: PackedClasses, workspace: Workspace | None
-    ) -> Tensor:
+    def _last_layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace | None) -> Tensor:
         rows = x[packed.last_rows]
         q, k, v = self.blocks.qkv(i, x, query_rows=rows)
         prefix_k, prefix_v = prefix_kv.unbind(2)
