@@ -69,7 +69,8 @@ def error_of(capfd, argv: list[str], code: int = 2) -> str:
 def test_help_is_fast_and_imports_no_torch():
     code = (
         "import sys\nfrom upt_fast.cli import main\n"
-        "for argv in (['--help'], ['train', '--help'], ['--version'], ['train', '--shots', '0']):\n"
+        "for argv in (['--help'], ['train', '--help'], ['--version'], ['train', '--shots', '0'],\n"
+        "             ['train', '--method', 'maple', '--help'], ['train', '--config', 'coop', '--n-ctx', '0']):\n"
         "    assert main(argv) in (0, 2)\n"
         "assert 'torch' not in sys.modules and 'open_clip' not in sys.modules"
     )
@@ -94,6 +95,19 @@ def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert upt_fast.__version__ in capsys.readouterr().out
     assert main(["eval", "--help"]) == 0
+
+
+def test_help_shows_the_method_s_options(capsys):
+    assert main(["train", "--method", "coop", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "shown for CoOp" in shown
+    assert "options of method coop (CoOp): --n-ctx N_CTX prompt tokens (type: int, default: 16)" in shown
+    assert "--n-text" not in shown
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "options of method upt (UPT)" in shown
+    assert "--n-visual" in shown
+    assert "or a recipe by name (cocoop, coop" in shown
 
 
 def test_train_eval_predict(run, data, capsys):
@@ -149,6 +163,19 @@ def test_config_file_and_overrides(data, run, tmp_path, capsys):
         (["--backend", "fpga"], "fpga"),
         (["--config", "/no.yaml"], "/no.yaml"),
         (["--resume"], "nothing to resume"),
+        (["--method", "nobody"], "method='nobody'; wanted one of 'upt', 'coop'"),
+        (["--method", "coop"], "train with method 'coop' has no option --depth-text, --depth-vision;"),
+        (["--shoots=4"], "train with method 'upt' has no option --shoots; did you mean --shots? see upt-fast train"),
+        (
+            ["--method", "ivlp", "--n-ctx", "3"],
+            "train with method 'ivlp' has no option --n-ctx; did you mean --n-text?",
+        ),
+        (["--config", "mapel"], "--config mapel: no such file; wanted a YAML or JSON file, or a recipe: cocoop, coop"),
+        (["--config", "maple"], "train with method 'maple' has no option --depth-text"),
+        (["--method"], "--method: expected one argument"),
+        (["--method", "/nowhere.py:Mine"], "cannot import /nowhere.py"),
+        (["--n-text", "many"], "--n-text many: wanted int"),
+        (["--shared", "perhaps"], "--shared perhaps: wanted bool"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
@@ -161,6 +188,7 @@ def test_bad_options(data, tmp_path, capfd, options, message):
     ("argv", "message"),
     [
         ([], "no command; wanted one of train, eval"),
+        (["eval", "--checkpoint", "a", "--data", "b", "--shots", "3"], "unrecognized arguments: --shots 3"),
         (["trian"], "trian"),
         (["train"], "required: --data"),
         (["predict", "a.png", "--checkpoint", "/nowhere"], "a.png"),
@@ -212,6 +240,21 @@ def test_bad_images_and_classes(tmp_path, capfd):
     write_images(root / " ".join(["w"] * 110), 3)
     assert "tokens" in error_of(capfd, command)
     assert not (tmp_path / "run").exists()
+
+
+def test_method_of_eval_must_be_the_checkpoint_s(run, data, capfd):
+    argv = ["eval", "--checkpoint", str(run), "--data", str(data), "--device", "cpu", "--method"]
+    assert main([*argv, "upt"]) == 0
+    assert "method 'upt'; method='coop' was given" in error_of(capfd, [*argv, "coop"])
+
+
+def test_unknown_option_in_a_config_file(data, tmp_path, capfd):
+    config = tmp_path / "some.yaml"
+    config.write_text("method: cocoop\nnctx: 3\n")
+    message = error_of(
+        capfd, ["train", "--data", str(data), "--out", "o", "--clip", "tiny-digits", "--config", str(config)]
+    )
+    assert "train with method 'cocoop' has no option --nctx; did you mean --n-ctx?" in message
 
 
 def test_corrupt_image_in_predict(run, tmp_path, capfd):

@@ -78,7 +78,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "upt_fast", "kernels"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "upt_fast", "kernels", "configs"):
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""The command line: ``upt-fast train | eval | predict | verify | info | demo``.
+"""The command line: ``upt-fast train | eval | predict | methods | verify | info | demo | ...``.
 
 torch is imported when a command needs it, so that ``--help`` and mistyped options answer at once. What a user can get
 wrong ends in one line on stderr and exit code 2; with ``--debug`` (or UPT_FAST_DEBUG=1) the traceback is shown.
@@ -7,6 +7,7 @@ wrong ends in one line on stderr and exit code 2; with ``--debug`` (or UPT_FAST_
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -22,7 +23,10 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 
 import upt_fast
-from upt_fast.train.config import TrainConfig
+from upt_fast.methods import Method, find_method
+from upt_fast.train.config import TrainConfig, train_fields
+from upt_fast.train.options import add_method_options, flag, read_train_arguments
+from upt_fast.train.recipes import list_recipes
 
 EXIT_FAILED = 1  # the run went wrong: the loss diverged, or memory ran out
 EXIT_USAGE = 2  # the user can put it right
@@ -105,17 +109,19 @@ def _option_message(message: str) -> str:
         return f"no command; wanted one of {', '.join(COMMANDS)}, for example upt-fast train --help"
     for command in COMMANDS:
         message = message.replace(f" {command}.", " --")
+    if message.startswith("the following arguments are required: "):
+        message = message.replace("_", "-")
     key = re.fullmatch(r'Parser key "([^"]+)"(?: element \d+)?: *(.*)', message)
     if key is None:
         return message
-    flag, reason = _flag(key[1].rsplit(".", 1)[-1]), key[2]
+    option, reason = flag(key[1].rsplit(".", 1)[-1]), key[2]
     union = re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)", reason)
     single = re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", reason)
     got = union or single
     if got is None:
-        return f"{flag}: {reason}"
+        return f"{option}: {reason}"
     wanted = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*?)\]", lambda kind: kind[1] or kind[2], got[1])
-    return f"{flag} {got[2]}: wanted {wanted.replace('NoneType', 'null').replace(', ', ' or ')}"
+    return f"{option} {got[2]}: wanted {wanted.replace('NoneType', 'null').replace(', ', ' or ')}"
 
 
 class _Messages(logging.Handler):
@@ -170,12 +176,42 @@ class _Messages(logging.Handler):
 
 
 def _parse(arguments: list[str]) -> Namespace:
+    method = find_method("upt")
+    if arguments[:1] == ["train"]:
+        arguments, method = read_train_arguments(arguments)
     parser = _parser()
-    for name, build in (("train", _train_parser), ("eval", _eval_parser), ("predict", _predict_parser)):
+    train_parser = _train_parser(method)
+    parser.commands.add_subcommand("train", train_parser, help=HELP["train"])
+    for name, build in (("eval", _eval_parser), ("predict", _predict_parser), ("methods", _methods_parser)):
         parser.commands.add_subcommand(name, build(), help=HELP[name])
     for name, build in (("verify", _verify_parser), ("info", _info_parser), ("demo", _demo_parser)):
         parser.commands.add_subcommand(name, build(), help=HELP[name])
-    return parser.parse_args(arguments)
+    for name, build in (("import-checkpoint", _import_parser), ("export-checkpoint", _export_parser)):
+        parser.commands.add_subcommand(name, build(), help=HELP[name])
+    try:
+        return parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        if arguments[:1] == ["train"] and (unknown := _unknown_options(str(error))):
+            raise ValueError(_unknown_message(unknown, method, train_parser)) from error
+        raise
+
+
+def _unknown_options(message: str) -> list[str]:
+    """The options that jsonargparse's message says it does not know."""
+    if message.startswith("unrecognized arguments: "):
+        return [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    found = re.search(r"does not accept option '([^']+)'", message)
+    return [flag(found[1])] if found else []
+
+
+def _unknown_message(unknown: list[str], method: Method, parser: ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = [name for option in unknown for name in difflib.get_close_matches(option, known, n=1)]
+    guess = f"; did you mean {', '.join(close)}?" if close else ";"
+    return (
+        f"train with method {method.name!r} has no option {', '.join(unknown)}{guess} "
+        f"see upt-fast train --method {method.name} --help"
+    )
 
 
 class _Parser(ArgumentParser):
@@ -198,24 +234,25 @@ def _subparser(name: str) -> ArgumentParser:
     return ArgumentParser(description=HELP[name], exit_on_error=False)
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _train_parser() -> ArgumentParser:
+def _train_parser(method: Method) -> ArgumentParser:
     parser = _subparser("train")
+    parser.description = f"{HELP['train']}; shown for {method.title}, another with --method"
+    recipes = ", ".join(list_recipes())
     parser.add_argument(
-        "--config", action="config", help="YAML or JSON file of these options; later options override it"
+        "--config",
+        action="config",
+        help=f"YAML or JSON file of these options, or a recipe by name ({recipes}); later options override it",
     )
     hints = get_type_hints(TrainConfig)
-    for option in fields(TrainConfig):
+    for option in (option for option in fields(TrainConfig) if option.name in train_fields()):
         settings: dict[str, Any] = {"help": option.metadata["help"]}
         if option.name == "resume":
             settings["action"] = "store_true"
         else:
             settings["type"] = hints[option.name]
             settings |= {"required": True} if option.default is MISSING else {"default": option.default}
-        parser.add_argument(_flag(option.name), **settings)
+        parser.add_argument(flag(option.name), **settings)
+    add_method_options(parser, method)
     return parser
 
 
@@ -243,8 +280,20 @@ def _add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="folder of a run, its last or best, or a saved model"
     )
+    parser.add_argument(
+        "--method", type=str | None, default=None, help="FILE.py:CLASS of a method from outside: models import no code"
+    )
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_argument("--backend", type=str, default="auto", help="how operations are computed")
+
+
+def _methods_parser() -> ArgumentParser:
+    parser = _subparser("methods")
+    parser.add_argument("--clip", type=str, default="ViT-B-16", help="CLIP model, of which no weights are read")
+    parser.add_argument("--classes", type=int, default=100, help="number of classes, of Caltech101 or ImageNet")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per training step")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def _verify_parser() -> ArgumentParser:
@@ -267,15 +316,46 @@ def _info_parser() -> ArgumentParser:
 def _demo_parser() -> ArgumentParser:
     parser = _subparser("demo")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the demo; none: a new one under runs")
+    parser.add_argument("--methods", nargs="+", type=str, default=None, help="one or more; none: coop vpt_deep upt")
+    parser.add_argument("--all", action="store_true", help="all methods, about three times as long")
     parser.add_argument("--shots", nargs="+", type=int, default=None, help="images per class, one or more numbers")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="seeds, one or more numbers")
+    parser.add_argument("--workers", type=int | None, default=None, help="processes; none: one per core, at most 4")
+    return parser
+
+
+def _import_parser() -> ArgumentParser:
+    parser = _subparser("import-checkpoint")
+    parser.add_argument("file", type=str, metavar="FILE", help="model.pth.tar-50, model-best.pth.tar, ...")
+    parser.add_argument("--clip", type=str, required=True, help="the CLIP it was trained on: open_clip's name")
+    parser.add_argument("--pretrained", type=str | None, default=None, help="open_clip's tag, or a checkpoint file")
+    parser.add_argument(
+        "--classnames", type=str, required=True, help="file of the class names in their order: one a line, or JSON"
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder of the model")
+    parser.add_argument("--method", type=str | None, default=None, help="none: found from the file")
+    parser.add_argument(
+        "--options", nargs="+", type=str, default=[], metavar="KEY=VALUE", help="of the method: half_prompts=true ..."
+    )
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _subparser("export-checkpoint")
+    parser.add_argument(
+        "checkpoint", type=str, metavar="CHECKPOINT", help="folder of a run, its last or best, or a saved model"
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder that becomes their --model-dir")
+    parser.add_argument("--epoch", type=int | None, default=None, help="their --load-epoch; none: the run's, else 1")
+    parser.add_argument("--clip", type=str | None, default=None, help="another name for the CLIP; none: as saved")
+    parser.add_argument("--pretrained", type=str | None, default=None, help="with --clip: open_clip's tag, or a file")
     return parser
 
 
 def _train(options: Namespace) -> int:
     values = options.as_dict()
     values.pop("config", None)
-    config = TrainConfig(**values)  # before torch, so that a bad value is told at once
+    config = TrainConfig.from_dict(values)  # before torch, so that a bad value is told at once
     from upt_fast.train.loop import train
 
     results = train(config)
@@ -295,6 +375,7 @@ def _eval(options: Namespace) -> int:
         num_workers=options.num_workers,
         device=options.device,
         backend=options.backend,
+        method=options.method,
     )
     if options.json:
         print(json.dumps({"images_from": where, **asdict(evaluation)}, indent=2))
@@ -312,7 +393,7 @@ def _predict(options: Namespace) -> int:
     missing = [path for path in options.images if not Path(path).exists()]
     if missing:
         raise ValueError(f"{len(missing)} image file(s) do not exist: {', '.join(missing[:10])}")
-    model = load_run(options.checkpoint, options.device, options.backend)
+    model = load_run(options.checkpoint, options.device, options.backend, options.method)
     predictions = predict(model, options.images, options.top_k)
     if options.json:
         print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
@@ -322,6 +403,12 @@ def _predict(options: Namespace) -> int:
         for name, probability in zip(prediction.classnames, prediction.probabilities, strict=True):
             print(f"  {100 * probability:6.2f} %  {name}")
     return 0
+
+
+def _methods(options: Namespace) -> int:
+    from upt_fast.flops import main_methods
+
+    return main_methods(options.clip, options.classes, options.batch_size, options.json)
 
 
 def _verify(options: Namespace) -> int:
@@ -340,17 +427,52 @@ def _info(options: Namespace) -> int:
 def _demo(options: Namespace) -> int:
     from upt_fast.demo.run import run_demo
 
-    given: dict[str, Any] = {name: tuple(options[name]) for name in ("shots", "seeds") if options[name] is not None}
+    lists = ("methods", "shots", "seeds")
+    given: dict[str, Any] = {name: tuple(options[name]) for name in lists if options[name] is not None}
+    if options.all:
+        from upt_fast.demo.methods import ALL_METHODS
+
+        if "methods" in given:
+            raise ValueError(f"--all and --methods {' '.join(given['methods'])}; wanted one or the other")
+        given["methods"] = ALL_METHODS
+    if options.workers is not None:
+        given["workers"] = options.workers
     run_demo(out_dir=None if options.out is None else Path(options.out), **given)
     return 0
 
 
+def _import_checkpoint(options: Namespace) -> int:
+    from upt_fast.released import run_import
+
+    run_import(
+        options.file,
+        options.classnames,
+        options.out,
+        clip=options.clip,
+        pretrained=options.pretrained,
+        method=options.method,
+        options=options.options,
+    )
+    return 0
+
+
+def _export_checkpoint(options: Namespace) -> int:
+    from upt_fast.released import run_export
+
+    run_export(options.checkpoint, options.out, epoch=options.epoch, clip=options.clip, pretrained=options.pretrained)
+    return 0
+
+
 COMMANDS = {"train": _train, "eval": _eval, "predict": _predict, "verify": _verify, "info": _info, "demo": _demo}
+COMMANDS |= {"methods": _methods, "import-checkpoint": _import_checkpoint, "export-checkpoint": _export_checkpoint}
 HELP = {
     "train": "train prompts on a directory of images",
     "eval": "accuracy of a trained model on a directory of images",
     "predict": "classify image files with a trained model",
+    "methods": "what can be trained: parameters, prompted layers, cost of a step, source",
     "verify": "check this installation against test vectors",
     "info": "what runs here, and why not",
     "demo": "a small training run that downloads nothing",
+    "import-checkpoint": "read a checkpoint of CoOp's, CoCoOp's, MaPLe's or UPT's repository",
+    "export-checkpoint": "write a checkpoint that those repositories read",
 }

@@ -99,7 +99,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(split_data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "finished"
-    train(TrainConfig(**settings(split_data, out)))
+    train(TrainConfig.from_dict(settings(split_data, out)))
     return out
 
 
@@ -159,36 +159,36 @@ def test_kill_and_resume_is_the_uninterrupted_run(split_data, finished, tmp_path
     # a cut line, and an epoch that was logged but not checkpointed, are what a kill can leave
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 99}\n{"epo')
-    train(TrainConfig(**settings(split_data, out, resume=True, num_workers=1, cache_gib=0.0)))
+    train(TrainConfig.from_dict(settings(split_data, out, resume=True, num_workers=1, cache_gib=0.0)))
     assert_same_run(out, finished)
 
 
 def test_resume_of_a_finished_run_says_so(split_data, finished, caplog):
     before = contents(finished)
     with caplog.at_level("INFO", logger="upt_fast"):
-        results = train(TrainConfig(**settings(split_data, finished, resume=True)))
+        results = train(TrainConfig.from_dict(settings(split_data, finished, resume=True)))
     assert "is finished: 8 epochs" in caplog.text
     assert results == before[2]
 
 
 def test_resume_needs_the_same_settings(split_data, finished, tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(lr: 0\.02 there, 0\.1 here\)"):
-        train(TrainConfig(**settings(split_data, finished, resume=True, lr=0.1)))
+        train(TrainConfig.from_dict(settings(split_data, finished, resume=True, lr=0.1)))
     with pytest.raises(ValueError, match="nothing to resume"):
-        train(TrainConfig(**settings(split_data, tmp_path / "new", resume=True)))
+        train(TrainConfig.from_dict(settings(split_data, tmp_path / "new", resume=True)))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_is_never_overwritten(split_data, finished, tmp_path):
     before = contents(finished)
     with pytest.raises(ValueError, match="holds a run already; add --resume"):
-        train(TrainConfig(**settings(split_data, finished)))
+        train(TrainConfig.from_dict(settings(split_data, finished)))
     assert contents(finished)[1:] == before[1:]
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        train(TrainConfig(**settings(split_data, tmp_path)))
+        train(TrainConfig.from_dict(settings(split_data, tmp_path)))
     with pytest.raises(ValueError, match="is a file"):
-        train(TrainConfig(**settings(split_data, tmp_path / "thesis.tex")))
+        train(TrainConfig.from_dict(settings(split_data, tmp_path / "thesis.tex")))
 
 
 def test_what_a_kill_before_the_first_step_leaves_is_no_run(split_data, tmp_path):
@@ -196,12 +196,12 @@ def test_what_a_kill_before_the_first_step_leaves_is_no_run(split_data, tmp_path
     out.mkdir()
     for name in (".lock", "split.json", ".config.json.abc.tmp"):
         (out / name).touch()
-    assert train(TrainConfig(**settings(split_data, out, epochs=1)))["epoch"] == 1
+    assert train(TrainConfig.from_dict(settings(split_data, out, epochs=1)))["epoch"] == 1
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(split_data, tmp_path):
     with pytest.raises(TrainingDivergedError, match=r"at step \d+ \(epoch \d+, learning rate .*Try a lower --lr"):
-        train(TrainConfig(**settings(split_data, tmp_path / "run", lr=1e30, depth_text=1)))
+        train(TrainConfig.from_dict(settings(split_data, tmp_path / "run", lr=1e30, depth_text=1)))
     model = FastUPT.load(tmp_path / "run" / "last")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert not (tmp_path / "run" / "results.json").exists()
@@ -220,13 +220,13 @@ def test_corrupt_images_stop_before_training(damaged_data, tmp_path):
     with pytest.raises(
         ValueError, match=r"2 image\(s\) cannot be read: .*train/green/1.png.*test/red/0.jpg.*--on-corrupt skip"
     ):
-        train(TrainConfig(**settings(damaged_data, tmp_path / "run", shots=4)))
+        train(TrainConfig.from_dict(settings(damaged_data, tmp_path / "run", shots=4)))
     assert not (tmp_path / "run").exists()
 
 
 def test_corrupt_images_are_left_out_on_demand(damaged_data, tmp_path, caplog):
     changes = {"shots": 4, "epochs": 1, "on_corrupt": "skip", "final_model": "best"}
-    results = train(TrainConfig(**settings(damaged_data, tmp_path / "run", **changes)))
+    results = train(TrainConfig.from_dict(settings(damaged_data, tmp_path / "run", **changes)))
     assert "left out: 2 image(s) cannot be read" in caplog.text
     assert len(results["skipped"]) == 2
     assert (results["num_train"], results["test"]["num_images"]) == (11, 8)
@@ -236,7 +236,7 @@ def test_corrupt_images_are_left_out_on_demand(damaged_data, tmp_path, caplog):
 def test_without_split_folders(flat_data, tmp_path):
     out = tmp_path / "run"
     changes = {"epochs": 3, "augment": "none", "final_model": "best", "memory": "lean"}
-    results = train(TrainConfig(**settings(flat_data, out, **changes)))
+    results = train(TrainConfig.from_dict(settings(flat_data, out, **changes)))
     assert results["test_images_from"] == "images that training does not use"
     assert results["best"]["chosen_by"].startswith("training loss")
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -248,7 +248,7 @@ def test_without_split_folders(flat_data, tmp_path):
     try:
         (out / "results.json").unlink()
         with pytest.raises(ValueError, match=r"images in .* changed"):
-            train(TrainConfig(**settings(flat_data, out, resume=True, **changes)))
+            train(TrainConfig.from_dict(settings(flat_data, out, resume=True, **changes)))
     finally:
         (flat_data / "red" / "new.png").unlink()
 
@@ -256,7 +256,7 @@ def test_without_split_folders(flat_data, tmp_path):
 def test_without_tensorboard(split_data, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with caplog.at_level("INFO", logger="upt_fast"):
-        train(TrainConfig(**settings(split_data, tmp_path / "run", epochs=1)))
+        train(TrainConfig.from_dict(settings(split_data, tmp_path / "run", epochs=1)))
     assert "no TensorBoard log" in caplog.text
     assert not (tmp_path / "run" / "tensorboard").exists()
 
@@ -264,7 +264,7 @@ def test_without_tensorboard(split_data, tmp_path, monkeypatch, caplog):
 def test_one_class_is_no_task(tmp_path):
     write_images(tmp_path / "data" / "only", 0, 2)
     with pytest.raises(ValueError, match="1 class, 'only'; wanted at least 2"):
-        train(TrainConfig(**settings(tmp_path / "data", tmp_path / "run", shots=1)))
+        train(TrainConfig.from_dict(settings(tmp_path / "data", tmp_path / "run", shots=1)))
 
 
 def test_evaluation_on_other_data(finished, tmp_path):

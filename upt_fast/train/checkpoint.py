@@ -4,7 +4,7 @@
     RUN/split.json         class names and the images of the run
     RUN/metrics.jsonl      one line per epoch
     RUN/tensorboard/
-    RUN/checkpoints/epoch-0007/    the learner (FastUPT.load reads it) with training_state.safetensors and .json
+    RUN/checkpoints/epoch-0007/    the learner (FastPromptedCLIP.load reads it), training_state.safetensors and .json
     RUN/last, RUN/best     links to two of those
     RUN/results.json       of the final evaluation; its presence says that the run is finished
 
@@ -103,7 +103,8 @@ def write_checkpoint(run_dir: Path, model: SavesPretrained, momentum: dict[str, 
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tensors = {MOMENTUM_PREFIX + key: value for key, value in momentum.items()}
-    save_safetensors(temporary / TENSORS_FILE, tensors, {})
+    # without tensors and metadata safetensors writes a header that it cannot read
+    save_safetensors(temporary / TENSORS_FILE, tensors, {"format": "pt"})
     write_json(temporary / STATE_FILE, asdict(state))
     fsync_directory(temporary)
     os.rename(temporary, checkpoints / name)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from upt_fast.config import UPTConfig, require_choice, require_int
+from upt_fast.config import MethodConfig, require_choice, require_int
+from upt_fast.methods import Method, find_method
 
 # what may change between a run and its resumption: where things are and how they are computed, not what is computed
 FREE_ON_RESUME = frozenset(
-    ("data", "out", "device", "num_workers", "cache_gib", "backend", "memory", "progress", "resume")
+    ("data", "out", "device", "num_workers", "cache_gib", "backend", "memory", "text_batch", "progress", "resume")
 )
+# further names that the command line gives a meaning of its own
+COMMAND_LINE_NAMES = frozenset(("config", "print_config", "help", "debug"))
 
 
 def _option(help: str, default: Any = MISSING) -> Any:
@@ -22,10 +27,11 @@ def _option(help: str, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run of UPT on a directory of images; each field's meaning stands in its ``help``.
+    """One training run of a method on a directory of images; each field's meaning stands in its ``help``.
 
     Raises:
-        ValueError: a value is outside of its range, with the field, the value and the range.
+        ValueError: a value is outside of its range, with the field, the value and the range; no such method, or an
+            option that it does not have.
     """
 
     data: str = _option(
@@ -40,10 +46,19 @@ class TrainConfig:
     pretrained: str | None = _option(
         "open_clip's tag (openai) or a checkpoint file; none for names that bring weights", None
     )
+    method: str = _option(
+        "what is learned: a name that upt-fast methods lists, or FILE.py:CLASS of your own; --method NAME --help shows "
+        "the options of that method",
+        "upt",
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "the method's own options by name; those left out have their defaults"}
+    )
     shots: int | Literal["all"] = _option("training images per class, or all", 16)
     seed: int = _option("of the few-shot draw, the initial prompts, the order of images and their augmentation", 1)
     epochs: int = _option(
-        "passes over the training images; the field's recipe: 50 for ImageNet, 200 for most others", 50
+        "passes over the training images; UPT's recipe: 50 for ImageNet, 200 for others; others' by --config",
+        50,
     )
     batch_size: int = _option("training images per step", 32)
     test_batch_size: int = _option("images per forward pass of an evaluation", 100)
@@ -54,16 +69,11 @@ class TrainConfig:
     augment: Literal["standard", "crop", "none"] = _option(
         "training images: standard (random resized crop and flip), crop (without the flip) or none", "standard"
     )
-    preset: Literal["paper", "released"] = _option("UPT as in the paper, or as in the authors' released code", "paper")
-    n_text: int = _option("prompt tokens of the text tower", 4)
-    n_visual: int = _option("prompt tokens of the image tower", 4)
-    depth_text: int | None = _option("text layers with prompts of their own; none: the preset's", None)
-    depth_vision: int | None = _option("image layers with prompts of their own; none: the preset's", None)
-    attention_heads: int = _option("heads of the prompts' self-attention", 1)
-    dropout: float | None = _option("inside the prompts' transform; none: the preset's", None)
-    class_token_position: Literal["end", "middle", "front"] = _option("of the class name among the text prompts", "end")
     memory: Literal["fast", "balanced", "lean"] = _option(
         "what backward recomputes to save memory: nothing, the MLPs' hidden features, or whole blocks", "fast"
+    )
+    text_batch: int | None = _option(
+        "methods whose texts depend on the image: images whose texts run at once; none: as many as need 512 MiB", None
     )
     backend: str = _option("how operations are computed; auto picks the fastest that runs here", "auto")
     precision: Literal["fp32", "bf16"] = _option("of the frozen CLIP; the prompts are trained in float32", "fp32")
@@ -80,7 +90,7 @@ class TrainConfig:
     resume: bool = _option("continue the run in out, after the same settings", False)
 
     def __post_init__(self) -> None:
-        for name in ("data", "out", "clip", "backend"):
+        for name in ("data", "out", "clip", "method", "backend"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r}; wanted a non-empty string")
@@ -90,8 +100,9 @@ class TrainConfig:
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):
             require_int(name, getattr(self, name), minimum)
-        if self.num_workers is not None:
-            require_int("num_workers", self.num_workers, 0)
+        for name, minimum in (("num_workers", 0), ("text_batch", 1)):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), minimum)
         for name, positive in (("lr", True), ("warmup_lr", True), ("weight_decay", False), ("cache_gib", False)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
@@ -102,29 +113,90 @@ class TrainConfig:
             if get_origin(hint) is Literal:
                 require_choice(name, getattr(self, name), get_args(hint))
         check_device_name(self.device)
-        UPTConfig(**self.upt_options())
+        _plain(self.method_config(), self.method)
 
-    def upt_options(self) -> dict[str, Any]:
-        """The fields that UPTConfig takes."""
-        return {option.name: getattr(self, option.name) for option in fields(UPTConfig)}
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A run from the flat form of :meth:`to_dict`: what is no field of a run is an option of the method.
+
+        Raises:
+            ValueError: as the class.
+        """
+        own = train_fields()
+        options = {name: value for name, value in values.items() if name not in own}
+        return cls(**{name: value for name, value in values.items() if name in own}, options=options)
+
+    def method_config(self) -> MethodConfig:
+        """The method's options, those left out at their defaults.
+
+        Raises:
+            ValueError: no such method, no such option, or a value that the method does not take.
+        """
+        method = find_method(self.method)
+        check_option_names(method)
+        known = fields(method.config)
+        names = ", ".join(option.name for option in known) or "none"
+        if unknown := [name for name in self.options if name not in {option.name for option in known}]:
+            raise ValueError(f"unknown option {', '.join(unknown)}; the options of method {method.name!r}: {names}")
+        required = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in required if name not in self.options]:
+            raise ValueError(f"method {method.name!r} needs a value for {', '.join(missing)}")
+        return method.config.from_options(self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with data, out and a checkpoint file as absolute paths, so that it holds from any folder."""
-        values = asdict(self)
+        """Plain values, flat: the run's settings and, by their names, all of the method's options.
+
+        data, out, a checkpoint file and the file of a method are absolute paths, so that it holds from any folder.
+        """
+        values = {name: getattr(self, name) for name in train_fields()}
         values["data"] = str(Path(self.data).absolute())
         values["out"] = str(Path(self.out).absolute())
         if self.pretrained is not None and Path(self.pretrained).is_file():
             values["pretrained"] = str(Path(self.pretrained).absolute())
-        return values
+        file, _, name = self.method.rpartition(":")
+        if file.endswith(".py"):
+            values["method"] = f"{Path(file).absolute()}:{name}"
+        return values | _plain(self.method_config(), self.method)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Settings of this run that matter and differ from another's (to_dict), as "name: theirs there, ours here"."""
         mine = self.to_dict()
+        if other.get("method") != mine["method"]:  # then the options differ in kind
+            mine = {name: mine[name] for name in train_fields()}
         return [
             f"{name}: {other.get(name)!r} there, {value!r} here"
             for name, value in mine.items()
             if name not in FREE_ON_RESUME and other.get(name) != value
         ]
+
+
+def train_fields() -> tuple[str, ...]:
+    """Names of what every run has, whatever its method."""
+    return tuple(option.name for option in fields(TrainConfig) if option.name != "options")
+
+
+def check_option_names(method: Method) -> None:
+    """Raise a ValueError where a method's option has a name that a run or the command line uses already."""
+    taken = {*train_fields(), "options", *COMMAND_LINE_NAMES}
+    if clash := [option.name for option in fields(method.config) if option.name in taken]:
+        raise ValueError(
+            f"method {method.name!r} has options that every run has already: {', '.join(clash)}; "
+            f"give them other names in {method.config.__name__}"
+        )
+
+
+def _plain(config: MethodConfig, method: str) -> dict[str, Any]:
+    """A config's options as JSON holds them, tuples as lists."""
+    plain = {}
+    for name, value in config.to_dict().items():
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={value!r} of method {method!r} is {type(value).__name__}; wanted what JSON holds: "
+                "text, numbers, booleans, None, lists or dictionaries of these"
+            ) from error
+    return plain
 
 
 def check_device_name(name: str) -> None:

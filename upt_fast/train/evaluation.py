@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ def to_device(
         yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, also one without parameters."""
+    return next(itertools.chain(model.parameters(), model.buffers())).device
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -67,7 +73,7 @@ def evaluate(
     """Evaluate a model; its training mode is kept.
 
     Args:
-        model: FastUPT or what has its classnames, preprocess_cfg and forward.
+        model: FastPromptedCLIP or what has its classnames, preprocess_cfg and forward.
         dataset: items of (3, H, W) uint8 and a label that indexes model.classnames; not empty.
         batch_size: images per forward pass.
         num_workers: processes that load images.
@@ -79,7 +85,7 @@ def evaluate(
     num_images = len(dataset)  # type: ignore[arg-type]
     if num_images == 0:
         raise ValueError("the dataset has 0 images; wanted at least 1 to evaluate on")
-    device = next(model.parameters()).device
+    device = device_of(model)
     normalize = build_normalize(model.preprocess_cfg)
     loader = DataLoader(
         dataset,
@@ -136,7 +142,7 @@ def predict(
     """Classify image files.
 
     Args:
-        model: FastUPT or what has its classnames, preprocess_cfg and forward.
+        model: FastPromptedCLIP or what has its classnames, preprocess_cfg and forward.
         paths: N image files.
         top_k: classes per image; all of them if there are fewer.
         batch_size: images per forward pass.
@@ -149,7 +155,7 @@ def predict(
     if not paths:
         raise ValueError("no image; wanted at least one path")
     require_int("top_k", top_k, 1)
-    device = next(model.parameters()).device
+    device = device_of(model)
     load = build_eval_transform(model.preprocess_cfg)
     normalize = build_normalize(model.preprocess_cfg)
     top_k = min(top_k, len(model.classnames))

@@ -32,7 +32,7 @@ from upt_fast.data.folder import ALL_IMAGES, FewShotSplit, ImageItem, few_shot_s
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, build_normalize
 from upt_fast.files import write_text
-from upt_fast.model import FastUPT
+from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.checkpoint import (
     LOCK_FILE,
     TrainingState,
@@ -44,7 +44,7 @@ from upt_fast.train.checkpoint import (
     write_json,
 )
 from upt_fast.train.config import TrainConfig, check_device_name
-from upt_fast.train.evaluation import Evaluation, evaluate, labels_for_model, to_device
+from upt_fast.train.evaluation import Evaluation, device_of, evaluate, labels_for_model, to_device
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.schedule import WarmupCosineLR
 
@@ -101,8 +101,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     out = Path(config.out)
     _check_out(config, out)
     if config.resume and (out / RESULTS_FILE).is_file():
-        logger.info("%s is finished: %d epochs are done and evaluated", out, config.epochs)
-        return read_json(out / RESULTS_FILE)
+        results: dict[str, Any] = read_json(out / RESULTS_FILE)
+        done = f"{config.epochs} epochs are done" if results["trainable_parameters"] else "nothing was to train"
+        logger.info("%s is finished: %s and evaluated", out, done)
+        return results
     device = resolve_device(config.device)
     listing = scan_folder(config.data)
     split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
@@ -144,26 +146,42 @@ def _is_leftover(name: str) -> bool:
     return name in (LOCK_FILE, SPLIT_FILE) or (name.startswith(".") and name.endswith(".tmp"))
 
 
-def _build_model(config: TrainConfig, classnames: Sequence[str], out: Path, device: torch.device) -> FastUPT:
-    options: dict[str, Any] = {"memory": config.memory, "backend": config.backend}
+def _build_model(config: TrainConfig, classnames: Sequence[str], out: Path, device: torch.device) -> FastPromptedCLIP:
     if os.path.lexists(out / "last"):
-        model = FastUPT.load(out / "last", precision=config.precision, device=str(device), **options)
+        model = _load_model(config, out / "last", device)
     else:
         torch.manual_seed(config.seed)
-        model = FastUPT.from_pretrained(
+        model = FastPromptedCLIP.from_pretrained(
             config.clip,
             config.to_dict()["pretrained"],
             classnames=classnames,
+            method=config.method,
+            config=config.method_config(),
             precision=config.precision,
             device=str(device),
-            **options,
-            **config.upt_options(),
+            memory=config.memory,
+            backend=config.backend,
+            text_batch=config.text_batch,
         )
     model.train()
     return model
 
 
-def _load_data(config: TrainConfig, model: FastUPT, classnames: tuple[str, ...], split: FewShotSplit) -> RunData:
+def _load_model(config: TrainConfig, folder: Path, device: torch.device) -> FastPromptedCLIP:
+    return FastPromptedCLIP.load(
+        folder,
+        method=config.method,
+        precision=config.precision,
+        device=str(device),
+        memory=config.memory,
+        backend=config.backend,
+        text_batch=config.text_batch,
+    )
+
+
+def _load_data(
+    config: TrainConfig, model: FastPromptedCLIP, classnames: tuple[str, ...], split: FewShotSplit
+) -> RunData:
     """Decode every image that the run reads, and keep in memory what fits."""
     load_train, transform = build_augmentation(_preprocess_cfg(model), config.augment)
     load_eval = build_eval_transform(_preprocess_cfg(model))
@@ -204,7 +222,7 @@ def _load_data(config: TrainConfig, model: FastUPT, classnames: tuple[str, ...],
     )
 
 
-def _preprocess_cfg(model: FastUPT) -> dict[str, Any]:
+def _preprocess_cfg(model: FastPromptedCLIP) -> dict[str, Any]:
     if model.preprocess_cfg is None:
         raise ValueError("this CLIP does not say how its images are prepared (preprocess_cfg); load it by name")
     return model.preprocess_cfg
@@ -220,7 +238,7 @@ def _describe_split(data: RunData) -> dict[str, Any]:
     }
 
 
-def _run(config: TrainConfig, out: Path, model: FastUPT, data: RunData) -> dict[str, Any]:
+def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData) -> dict[str, Any]:
     described = _describe_split(data)
     if is_run(out):
         recorded = read_json(out / SPLIT_FILE)
@@ -230,6 +248,9 @@ def _run(config: TrainConfig, out: Path, model: FastUPT, data: RunData) -> dict[
         write_json(out / SPLIT_FILE, described)
         write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
 
+    if not any(True for _ in model.parameters()):
+        logger.info("%s has nothing to train; testing on %d images", config.method, len(data.test))
+        return _finish(config, out, model, _save_untrained(out, model), data)
     trainer = _Trainer(config, out, model, data)
     if config.resume:
         logger.info("resuming %s after epoch %d of %d", out, trainer.state.epoch, config.epochs)
@@ -241,18 +262,33 @@ def _run(config: TrainConfig, out: Path, model: FastUPT, data: RunData) -> dict[
         len(data.test),
     )
     trainer.fit()
-    return _finish(config, out, trainer, data)
+    return _finish(config, out, model, trainer.state, data)
 
 
-def _finish(config: TrainConfig, out: Path, trainer: _Trainer, data: RunData) -> dict[str, Any]:
-    model, epoch = trainer.model, trainer.state.epoch
-    if config.final_model == "best" and trainer.state.best_epoch != epoch:
-        epoch = trainer.state.best_epoch
-        device = str(trainer.device)
-        model = FastUPT.load(out / "best", precision=config.precision, device=device, backend=config.backend)
-    test = evaluate(
-        model, data.test, config.test_batch_size, trainer.num_workers, description="testing", progress=config.progress
-    )
+def _save_untrained(out: Path, model: FastPromptedCLIP) -> TrainingState:
+    """The one checkpoint of a method without parameters, written unless it is there."""
+    if restored := read_checkpoint(out):
+        return restored[0]
+    state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=0.0)
+    write_checkpoint(out, model, {}, state)
+    return state
+
+
+def _finish(
+    config: TrainConfig, out: Path, model: FastPromptedCLIP, state: TrainingState, data: RunData
+) -> dict[str, Any]:
+    device, epoch = device_of(model), state.epoch
+    if config.final_model == "best" and state.best_epoch != epoch:
+        epoch = state.best_epoch
+        model = _load_model(config, out / "best", device)
+    workers = _num_workers(config.num_workers, device)
+    test = evaluate(model, data.test, config.test_batch_size, workers, description="testing", progress=config.progress)
+    chosen_by: str = "validation accuracy"
+    value: float | None = state.best_metric
+    if epoch == 0:
+        chosen_by, value = "nothing: the method has no parameters", None
+    elif data.val is None:
+        chosen_by, value = "training loss (there are no validation images)", -state.best_metric
     results = {
         "evaluated": config.final_model,
         "epoch": epoch,
@@ -260,11 +296,7 @@ def _finish(config: TrainConfig, out: Path, trainer: _Trainer, data: RunData) ->
             data.split.test_name, f"{data.split.test_name} folder"
         ),
         "test": asdict(test),
-        "best": {
-            "epoch": trainer.state.best_epoch,
-            "chosen_by": "validation accuracy" if data.val else "training loss (there are no validation images)",
-            "value": trainer.state.best_metric if data.val else -trainer.state.best_metric,
-        },
+        "best": {"epoch": state.best_epoch, "chosen_by": chosen_by, "value": value},
         "num_train": len(data.train),
         "num_val": len(data.val) if data.val else 0,
         "skipped": data.skipped,
@@ -273,7 +305,7 @@ def _finish(config: TrainConfig, out: Path, trainer: _Trainer, data: RunData) ->
             "upt_fast": upt_fast.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         },
     }
     write_json(out / RESULTS_FILE, results)
@@ -291,9 +323,9 @@ def _finish(config: TrainConfig, out: Path, trainer: _Trainer, data: RunData) ->
 class _Trainer:
     """Model, optimizer and the files of a run, at the state of its last checkpoint."""
 
-    def __init__(self, config: TrainConfig, out: Path, model: FastUPT, data: RunData) -> None:
+    def __init__(self, config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData) -> None:
         self.config, self.out, self.model, self.data = config, out, model, data
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.num_workers = _num_workers(config.num_workers, self.device)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -520,16 +552,24 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     return path
 
 
-def load_run(checkpoint: str | Path, device: str = "auto", backend: str = "auto") -> FastUPT:
+def load_run(
+    checkpoint: str | Path, device: str = "auto", backend: str = "auto", method: str | None = None
+) -> FastPromptedCLIP:
     """The model of a run or of a saved learner, in eval mode, at the precision that the run had.
 
+    Args:
+        checkpoint: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
+        device: auto, cpu, cuda or cuda:N.
+        backend: of the model's operations.
+        method: FILE.py:CLASS of a method from outside, which a checkpoint never imports by itself.
     Raises:
-        ValueError: no checkpoint there, its CLIP cannot be loaded, or no such device.
+        ValueError: no checkpoint there, or one of another method; its CLIP cannot be loaded; no such device.
     """
     folder = checkpoint_folder(checkpoint)
     run = _run_of(folder)
     precision = "fp32" if run is None else str(read_json(run / CONFIG_FILE).get("precision", "fp32"))
-    return FastUPT.load(folder, precision=precision, device=str(resolve_device(device)), backend=backend)
+    device = str(resolve_device(device))
+    return FastPromptedCLIP.load(folder, method=method, precision=precision, device=device, backend=backend)
 
 
 def _run_of(folder: Path) -> Path | None:
@@ -548,6 +588,7 @@ def evaluate_run(
     device: str = "auto",
     backend: str = "auto",
     progress: bool = True,
+    method: str | None = None,
 ) -> tuple[Evaluation, str]:
     """Evaluate a trained model on a directory of images.
 
@@ -561,6 +602,7 @@ def evaluate_run(
         device: auto, cpu, cuda or cuda:N.
         backend: of the model's operations.
         progress: whether to show progress bars.
+        method: see :func:`load_run`.
     Returns:
         The evaluation, and which images it is on, in words.
     Raises:
@@ -569,14 +611,14 @@ def evaluate_run(
     folder = checkpoint_folder(checkpoint)
     listing = scan_folder(data)
     items, where = _eval_items(listing.splits, split, folder, Path(data))
-    model = load_run(folder, device, backend)
+    model = load_run(folder, device, backend, method)
     items = labels_for_model(items, model.classnames)
     load = build_eval_transform(_preprocess_cfg(model))
     decoded = decode_images([item.path for item in items], load, GIB, "reading images", progress)
     if decoded.failures:
         raise ValueError(corrupt_message(list(decoded.failures.values())))
     images = None if decoded.images is None else [image for image in decoded.images if image is not None]
-    workers = _num_workers(num_workers, next(model.parameters()).device)
+    workers = _num_workers(num_workers, device_of(model))
     return evaluate(model, ImageDataset(items, load, images), batch_size, workers, progress=progress), where
 
 
