@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from importlib.resources import files
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from upt_fast.demo import digits, pretrain
-from upt_fast.demo.run import DemoConfig, run_demo, zero_shot_logits
+from upt_fast.demo import choose_lr, digits, pretrain, report
+from upt_fast.demo.methods import ALL_METHODS, DEMO_METHODS
+from upt_fast.demo.run import run_demo, zero_shot_logits
 from upt_fast.demo.tiny_clip import (
     VOCABULARY_FILE,
     WEIGHTS_FILE,
@@ -21,6 +28,7 @@ from upt_fast.demo.tiny_clip import (
     load_tiny_tokenizer,
     read_tiny_clip_metadata,
 )
+from upt_fast.demo.training import DemoConfig, Training, accuracy_of, load_digits, predict, run_trainings
 
 ASSETS = files("upt_fast.demo") / "assets"
 
@@ -185,40 +193,103 @@ def test_bad_pretraining_options(options):
         pretrain.PretrainConfig(**options)
 
 
+QUICK = {"shots": (1,), "seeds": (2,), "epochs": 2, "max_test_images": 20, "workers": 1, "progress": False}
+
+
 def test_run_demo(tmp_path, capsys, tiny):
-    from upt_fast import FastUPT
+    from upt_fast import FastPromptedCLIP, FastUPT
 
     run_dir = tmp_path / "run"
-    results = run_demo(run_dir, shots=(2,), seeds=(1,), epochs=2, max_test_images=40, progress=False)
+    options = {**QUICK, "shots": (1, 2), "seeds": (1, 2), "max_test_images": 40}
+    results = run_demo(run_dir, **options)
     printed = capsys.readouterr().out
     names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
-    assert {"results.json", "table.md", "accuracy.png", "samples.png"} <= names
-    assert any(name.startswith("upt-2shot-seed1/") for name in names)
-    assert not [n for n in names if "tmp" in n]
+    prompts = {f"{method}-2shot-seed1/prompt_learner.safetensors" for method in ("coop", "vpt_deep", "upt")}
+    assert names == {"results.json", "table.md", "accuracy.png", "samples.png", *prompts}
     for name in ("accuracy.png", "samples.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
 
     table = (run_dir / "table.md").read_text(encoding="utf-8")
     assert table.strip() in printed
     assert str(run_dir) in printed
-    rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows}) == 1
-    assert len(rows) == 4
-    assert f"{results['summary'][0]['mean']:.1f}" in rows[3]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {6}
+    assert [row[1] for row in rows[2:]] == ["zero-shot CLIP", "CoOp", "VPT-deep", "UPT"]
+    assert [row[2] for row in rows[2:]] == ["0", "512", "3,072", "120,192"]
+    last = results["summary"][-1]
+    assert (last["method"], last["shots"], last["trainings"]) == ("upt", 2, 2)
+    gain = last["mean"] - results["zero_shot"]["accuracy"]
+    assert rows[-1][4] == f"{last['mean']:.1f} ± {last['std']:.1f} ({gain:+.1f})"
     assert json.loads((run_dir / "results.json").read_text(encoding="utf-8")) == json.loads(json.dumps(results))
     assert 0 <= results["zero_shot"]["accuracy"] <= 100
-    assert len(results["upt"]) == 1
+    assert len(results["trainings"]) == 3 * 2 * 2
+    assert {entry["method"]: entry["lr"] for entry in results["trainings"]} == {
+        name: DEMO_METHODS[name].lr for name in ("coop", "vpt_deep", "upt")
+    }
+    found = results["against_unimodal"]
+    assert found["holds"] == (found["upt"] >= found["mean"] - found["std"])
+    assert f"UPT's mean is {'not below' if found['holds'] else 'below'} {found['bar']:.1f}" in printed
 
     model = FastUPT.load(run_dir / "upt-2shot-seed1", clip_model=tiny[0], tokenizer=tiny[1])
-    images = F.interpolate(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), size=32)
-    assert model(images).shape == (2, 10)
+    digits_on_notes = load_digits("demo", 40)
+    guess = predict(model, digits_on_notes.images)  # the saved prompts are those that were measured
+    wanted = next(t for t in results["trainings"] if (t["method"], t["shots"], t["seed"]) == ("upt", 2, 1))
+    assert accuracy_of(guess, digits_on_notes.labels) == wanted["accuracy"]
+    assert FastPromptedCLIP.load(run_dir / "coop-2shot-seed1").method == "coop"
 
 
-def test_run_demo_repeats_itself(tmp_path):
-    options = {"shots": (1,), "seeds": (2,), "epochs": 2, "max_test_images": 20, "progress": False}
+def test_every_method_trains_and_repeats_itself(tmp_path):
+    options = {**QUICK, "methods": ALL_METHODS, "epochs": 1}
     first, second = (run_demo(tmp_path / name, **options) for name in "ab")
-    assert first["upt"][0]["accuracy"] == second["upt"][0]["accuracy"]
+    assert list(first["methods"]) == list(ALL_METHODS)
+    assert first["summary"] == second["summary"]
     assert first["zero_shot"] == second["zero_shot"]
+    assert all(method["parameters"] > 0 for method in first["methods"].values())
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    options = {**QUICK, "seeds": (1, 2)}
+    alone, pair = (run_demo(tmp_path / str(n), **{**options, "workers": n}) for n in (1, 2))
+    assert [entry["accuracy"] for entry in alone["trainings"]] == [entry["accuracy"] for entry in pair["trainings"]]
+    for method in ("coop", "vpt_deep", "upt"):
+        path = f"{method}-1shot-seed1/prompt_learner.safetensors"
+        assert (tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes()
+
+
+@pytest.mark.parametrize("methods", [("coop",), ("zeroshot", "vpt_shallow", "coop")], ids=["one", "some"])
+def test_methods_are_picked(tmp_path, methods, capsys):
+    results = run_demo(tmp_path, **QUICK, methods=methods)
+    assert set(results["methods"]) == set(methods) - {"zeroshot"}
+    assert results["against_unimodal"] is None
+    assert "unimodal" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("upt", "seeds", "wanted"),
+    [
+        (61.0, (1, 2), "UPT's mean is not below 61.0, VPT-deep's mean minus one standard deviation."),
+        (60.9, (1, 2), "UPT's mean is below 61.0, VPT-deep's mean minus one standard deviation."),
+        (60.9, (1,), "UPT is below VPT-deep; with one training each there is no standard deviation."),
+    ],
+)
+def test_comparison_says_what_came_out(upt, seeds, wanted):
+    spread = 2.0 if len(seeds) > 1 else 0.0
+    at = {"shots": 16, "trainings": len(seeds)}
+    summary = [
+        {"method": "coop", "mean": 40.0, "std": 9.0, **at},
+        {"method": "vpt_deep", "mean": 63.0, "std": spread, **at},
+        {"method": "vpt_deep", "mean": 99.0, "std": 0.0, **at, "shots": 4},
+        {"method": "upt", "mean": upt, "std": 0.5, **at},
+    ]
+    results = {
+        "summary": summary,
+        "config": {"shots": [4, 16], "seeds": seeds},
+        "methods": {"vpt_deep": {"title": "VPT-deep"}},
+    }
+    results["against_unimodal"] = report.compare_with_unimodal(results)
+    text = report.format_comparison(results)
+    assert text.splitlines()[1] == wanted
+    assert f"a difference of {upt - 63:+.1f}." in text
 
 
 def test_interrupted_run_leaves_no_half_written_file(tmp_path, monkeypatch):
@@ -230,17 +301,113 @@ def test_interrupted_run_leaves_no_half_written_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(tmp_path, shots=(1,), seeds=(1,), epochs=1, max_test_images=30, progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "upt-1shot-seed1"}
+        run_demo(tmp_path, **{**QUICK, "methods": ("coop",)})
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_half_way(tmp_path, workers):
+    """A terminal's Ctrl-C reaches every process: all end quickly, and one line says so."""
+    command = ["demo", "--out", str(tmp_path / "run"), "--shots", "16", "--workers", str(workers)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "upt_fast", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+        # a shell's background job ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout is not None
+        while "trainings" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(2)  # workers are starting; their imports would print tracebacks
+        os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - began < 20
+        assert process.returncode == 130, err
+        assert err.strip().splitlines() == ["upt-fast: interrupted"]
+        deadline = time.monotonic() + 10
+        while _group_lives(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _group_lives(process.pid)
+        assert not any((tmp_path / "run").iterdir())
+    finally:
+        if _group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_lost_worker_is_an_error():
+    config = DemoConfig(methods=("coop",), shots=(16,), seeds=(1, 2), epochs=1000)
+    trainings = [Training("coop", 16, seed, 0.03, config) for seed in config.seeds]
+
+    def kill_one():
+        while not (found := active_children()):
+            time.sleep(0.05)
+        os.kill(found[0].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill_one).start()
+    with pytest.raises(ValueError, match="a worker process was ended from outside"):
+        run_trainings(trainings, workers=2, progress=False)
+    assert not active_children()
+
+
+def test_a_diverged_training_is_an_error():
+    config = DemoConfig(methods=("upt",), epochs=3)
+    with pytest.raises(ValueError, match=r"loss of upt: got nan in epoch \d+, wanted a finite one; lower lr=inf"):
+        run_trainings([Training("upt", 1, 1, float("inf"), config)], workers=1, progress=False)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"shots": ()}, {"shots": (0,)}, {"seeds": (1, 1)}, {"epochs": 0}, {"batch_size": 0}, {"max_test_images": 0}],
+    [
+        {"methods": ()},
+        {"methods": ("zeroshot",)},
+        {"methods": ("coop", "coop")},
+        {"methods": ("nope",)},
+        {"shots": ()},
+        {"shots": (0,)},
+        {"shots": (99,)},
+        {"seeds": (1, 1)},
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"max_test_images": 0},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=r"got .*, wanted"):
         DemoConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "nope"], "methods: got 'nope', wanted some of coop, cocoop, vpt_shallow, vpt_deep"),
+        (["--shots", "0"], "shots: got (0,), wanted at least 1 each"),
+        (["--shots", "many"], "--shots many: wanted int"),
+        (["--all", "--methods", "coop"], "--all and --methods coop; wanted one or the other"),
+        (["--workers", "0"], "workers: got 0, wanted at least 1"),
+    ],
+)
+def test_bad_arguments(tmp_path, capfd, arguments, message):
+    from upt_fast.cli import main
+
+    assert main(["demo", "--out", str(tmp_path / "run"), *arguments]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_demo_refuses_bad_places_and_too_many_shots(tmp_path):
@@ -250,6 +417,29 @@ def test_run_demo_refuses_bad_places_and_too_many_shots(tmp_path):
     with pytest.raises(ValueError, match="wanted at most 20"):
         run_demo(tmp_path / "run", shots=(99,), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_learning_rates_are_chosen_on_other_digits(capsys):
+    demo, choice = load_digits("demo"), load_digits("choice")
+    assert len(demo.pool) == len(choice.pool) == 200
+    seen = {image.numpy().tobytes() for part in (demo.pool, demo.images) for image in part}
+    assert not seen & {image.numpy().tobytes() for part in (choice.pool, choice.images) for image in part}
+    assert len(choice.pool) + len(choice.images) == len(digits.split_indices()["pretrain"])
+    with pytest.raises(ValueError, match="got 'test', wanted demo or choice"):
+        load_digits("test")
+
+    options = ["--lrs", "0.03", "1", "--shots", "1", "--seeds", "5", "--epochs", "1", "--max-images", "20"]
+    choose_lr.main(["coop", *options, "--workers", "1"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "| method | 0.03 | 1 |"
+    assert rows[2].startswith("| coop |")
+    assert rows[2].count("**") == 2
+
+
+def test_the_recorded_choice_is_the_grid_s_best():
+    assert set(choose_lr.MEASURED) == set(DEMO_METHODS)
+    for name, accuracies in choose_lr.MEASURED.items():
+        assert DEMO_METHODS[name].lr == max(accuracies, key=lambda lr: accuracies[lr])
 
 
 def test_every_caption_token_is_stored():
