@@ -83,20 +83,16 @@ def measure(benchmark, function, *, rounds: int, **info) -> None:  # type: ignor
     benchmark.pedantic(function, rounds=rounds, iterations=1)
 
 
-def measure_peak_memory(benchmark, provider: str, classes: int, batch: int, method: str = "upt") -> None:  # type: ignore[no-untyped-def]
+def measure_peak_memory(  # type: ignore[no-untyped-def]
+    benchmark, provider: str, classes: int, batch: int, method: str = "upt", memory: str = ""
+) -> None:
     """Peak memory of steps in a process of its own; the time is that of the whole process."""
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("peak_memory.py")),
-        provider,
-        str(classes),
-        str(batch),
-        method,
-    ]
+    script = str(Path(__file__).with_name("peak_memory.py"))
+    command = [sys.executable, script, provider, str(classes), str(batch), method, memory]
 
     def run() -> dict[str, float]:
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     found = benchmark.pedantic(run, rounds=1)
-    benchmark.extra_info.update(found, provider=provider)
+    benchmark.extra_info.update(found, provider=memory or provider)
     assert found["process_mib"] > found["activations_mib"] > 0

@@ -80,3 +80,12 @@ def test_peak_memory(benchmark, provider: str, method: str, batch: int) -> None:
     """Peak memory of a step of 100 classes in a process of its own."""
     benchmark.group = f"{method} peak memory C=100 B={batch} (see extra_info)"
     measure_peak_memory(benchmark, provider, 100, batch, method)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's high-water mark")
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+def test_memory_levels(benchmark, memory: str) -> None:  # type: ignore[no-untyped-def]
+    """Peak memory and time of UPT's step at batch 32, in a process of its own."""
+    benchmark.group = "memory levels C=100 B=32 (see extra_info)"
+    measure_peak_memory(benchmark, "fast", 100, 32, "upt", memory)

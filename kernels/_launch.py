@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +37,9 @@ class Launch:
 Workload = tuple[str, Callable[[], object]]
 
 _recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
+_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("limit", default=None)
 _OPTIONS = ("num_warps", "num_stages")
+SMALLEST_LIMIT = 64 * 1024  # bytes of shared memory that a block may use on any of the GPUs in kernels/report.py
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -53,14 +56,29 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them."""
+def record(limit: int | None = None) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, as on a GPU whose blocks may use limit bytes of shared memory."""
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    tokens = _recorded.set(launches), _limit.set(limit)
     try:
         yield launches
     finally:
-        _recorded.reset(token)
+        _recorded.reset(tokens[0])
+        _limit.reset(tokens[1])
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may use on a device, or on the one that is recorded for."""
+    if (limit := _limit.get()) is not None:
+        return limit
+    return _device_limit(device) if device.type == "cuda" else SMALLEST_LIMIT
+
+
+@functools.cache
+def _device_limit(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm has no larger limit to opt in to
+    return getattr(properties, "shared_memory_per_block_optin", 0) or SMALLEST_LIMIT
 
 
 def row_tile(rows: int, columns: int) -> dict[str, int]:

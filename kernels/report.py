@@ -318,16 +318,16 @@ def _collect(modules: Sequence[str], targets: Sequence[str], pattern: str) -> tu
         try:
             module = importlib.import_module(name)
             for workload, function in module.workloads() if hasattr(module, "workloads") else ():
-                with record() as launches:
-                    function()
-                if not launches:
-                    raise RuntimeError("launches no kernel")
-                for launch in launches:
-                    kernel = f"{file} {launch.kernel.__name__}"
-                    kernels[kernel] = None
-                    if pattern not in kernel:
-                        continue
-                    for target in targets:
+                for target in targets:
+                    with record(TARGETS[target].shared_limit) as launches:
+                        function()
+                    if not launches:
+                        raise RuntimeError("launches no kernel")
+                    for launch in launches:
+                        kernel = f"{file} {launch.kernel.__name__}"
+                        kernels[kernel] = None
+                        if pattern not in kernel:
+                            continue
                         specialised = specialise(launch.kernel, launch.arguments, TARGETS[target].backend)
                         compilation = Compilation(launch.kernel, *specialised, launch.options, target)
                         found.append((*kernel.split(), workload, compilation))

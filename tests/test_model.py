@@ -1018,8 +1018,8 @@ def test_bad_options(build, options, wanted):
         ({"memory": "low"}, ["memory='low'", "'fast', 'balanced', 'lean'"]),
         ({"backend": "cuda"}, ["backend='cuda'", "'auto'", "'torch'"]),
         ({"backend": "triton,cuda"}, ["backend='triton,cuda'", "'xformers'"]),
-        ({"dtype": torch.int32}, ["torch.int32", "float64"]),
-        ({"dtype": "float32"}, ["float32", "torch.float64"]),
+        ({"dtype": torch.int32}, ["torch.int32", "fp64"]),
+        ({"dtype": "single"}, ["single", "fp32"]),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

@@ -1,7 +1,7 @@
 """Which backend computes each op, and why another would not.
 
 A backend is a set of implementations: ``torch`` has one of every op, ``triton`` of those worth a kernel of our own,
-``xformers`` of attention. Ops of which a named backend has no implementation, matrix products above all, are PyTorch's.
+``xformers`` of attention. Ops of which a named backend has no implementation, mostly matrix products, are PyTorch's.
 
 ``backend="auto"`` takes, per op, the fastest that was measured on the kind of device at hand. A named backend, or
 several ("triton,xformers"), never falls back: an op that it has and cannot run is an error with the reason. The name
@@ -34,15 +34,16 @@ OPS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("triton", "torch"),
     "add_layer_norm": ("triton", "torch"),
     "activation": ("triton", "torch"),
+    "linear_gelu": ("triton", "torch"),
     "stream_attention": ("xformers", "torch"),
     "buffer_attention": ("xformers", "torch"),
     "contrastive_loss": ("triton", "torch"),
     "linear": ("torch",),
     "linear_residual": ("torch",),
     "mlp": ("torch",),
-    "attention": ("torch",),
-    "prefix_attention": ("torch",),
-    "packed_attention": ("torch",),
+    "block": ("torch",),
+    "prefix_attention": ("triton", "torch"),
+    "packed_attention": ("triton", "torch"),
 }
 # (op, device type) -> the backend that was measured to be faster than torch there; see docs/kernels.md
 MEASURED: dict[tuple[str, str], str] = {}

@@ -42,7 +42,7 @@ def op_by_op(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
 
 
-def _product(
+def product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """x W^T (+ b) (+ residual) of matrices, without autograd.
@@ -92,7 +92,7 @@ class Linear(torch.autograd.Function):
         ctx.shape = x.shape
         shape = (*x.shape[:-1], len(weight)) if residual is None else residual.shape
         residual = None if residual is None else residual.reshape(-1, len(weight))
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias, residual).view(shape)
+        return product(x.reshape(-1, x.shape[-1]), weight, bias, residual).view(shape)
 
     @staticmethod
     @once_differentiable
@@ -100,139 +100,11 @@ class Linear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _product(dy.reshape(-1, len(weight)), weight.t()).view(ctx.shape)
+            dx = product(dy.reshape(-1, len(weight)), weight.t()).view(ctx.shape)
         return dx, None, None, dy if ctx.needs_input_grad[3] else None
 
 
-def _activation_into(out: Tensor, u: Tensor, kind: str) -> Tensor:
-    """:func:`activation` of u, written to out."""
-    if kind == "quick_gelu":
-        return torch.ops.aten.silu.out(u, out=out)
-    return torch.ops.aten.gelu.out(u, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
-
-
-class MLP(torch.autograd.Function):
-    """See :func:`mlp`. Backward overwrites one (N, M) buffer with both the activation's and its input's gradient."""
-
-    @staticmethod
-    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute, workspace, layer):  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1])
-        h, mean, rstd = workspace.normalize("mlp", layer, rows, eps)
-        shape = (len(rows), len(fc_weight))
-        keep = ctx.needs_input_grad[0] and not recompute
-        u = workspace.kept("u", layer, x, *shape) if keep else x.new_empty(shape)
-        _product(h, fc_weight, fc_bias, out=u)
-        ctx.save_for_backward(rows, mean, rstd, None if recompute else u, fc_weight, fc_bias, proj_weight)
-        ctx.kind, ctx.eps, ctx.workspace = kind, eps, workspace
-        a = _activation_into(workspace.scratch("wide", u, *u.shape), u, kind)
-        if not ctx.needs_input_grad[0] or x.dtype.itemsize < 4:
-            return linear_residual(x, a, proj_weight, proj_bias)
-        y = workspace.kept("y", layer, x, *rows.shape)
-        return _product(a, proj_weight, proj_bias, rows, out=y).view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, mean, rstd, u, fc_weight, fc_bias, proj_weight = ctx.saved_tensors
-        if u is None:
-            u = _product(F.layer_norm(x, x.shape[-1:], eps=ctx.eps), fc_weight, fc_bias)
-        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
-        du = ctx.workspace.scratch("wide", dy, len(dy), proj_weight.shape[1])
-        _product(dy, proj_weight.t(), out=du)
-        if ctx.kind == "quick_gelu":
-            torch.ops.aten.silu_backward.grad_input(du, u, grad_input=du)
-        else:
-            approximate = "tanh" if ctx.kind == "gelu_tanh" else "none"
-            torch.ops.aten.gelu_backward.grad_input(du, u, approximate=approximate, grad_input=du)
-        dh = _product(du, fc_weight.t(), out=ctx.workspace.scratch("row", dy, *dy.shape))
-        return ctx.workspace.normalize_backward(dh, x, mean, rstd, dy).view(shape), *[None] * 9
-
-
-class AttentionCPU(torch.autograd.Function):
-    """See :func:`attention`: what backward needs lives in the workspace; dq, dk and dv share one product."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        x,
-        prefix_k,
-        prefix_v,
-        qkv_weight,
-        q_bias,
-        out_weight,
-        out_bias,
-        eps,
-        set_index,
-        workspace,
-        layer,
-        num_heads,
-    ):
-        batch, length, width = x.shape
-        prefix = 0 if prefix_k is None else prefix_k.shape[1]
-        keep = any(ctx.needs_input_grad[:3])
-        rows = x.reshape(-1, width)
-
-        def new(name: str, *shape: int) -> Tensor:
-            return workspace.kept(name, layer, x, *shape) if keep else x.new_empty(shape)
-
-        h, mean, rstd = workspace.normalize("attention", layer, rows, eps)
-        q = _product(h, qkv_weight[:width], q_bias, out=new("q", *rows.shape))
-        kv = _product(h, qkv_weight[width:], out=workspace.scratch("wide", x, len(rows), 2 * width))
-        k, v = (new(name, batch, prefix + length, width) for name in ("k", "v"))
-        for buffer, own, shared in ((k, kv[:, :width], prefix_k), (v, kv[:, width:], prefix_v)):
-            buffer[:, prefix:] = own.view(batch, length, width)
-            if prefix:
-                buffer[:, :prefix] = (shared if set_index is None else shared[set_index]).flatten(2)
-        attended = new("attended", *rows.shape)
-        lse = new("lse", batch, num_heads, length)
-        for i in pieces(x):
-            heads = [_split_heads(t, batch, num_heads)[i] for t in (q, k, v)]
-            result, lse[i] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=1.0)
-            _split_heads(attended, batch, num_heads)[i] = result
-        saved = (rows, mean, rstd) if ctx.needs_input_grad[0] else (None, None, None)
-        ctx.save_for_backward(*saved, q, k, v, attended, lse, qkv_weight, out_weight, set_index)
-        ctx.prefix, ctx.sets, ctx.workspace, ctx.num_heads = (
-            prefix,
-            len(prefix_k) if prefix else 0,
-            workspace,
-            num_heads,
-        )
-        return _product(attended, out_weight, out_bias, rows, out=new("x", *rows.shape)).view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        rows, mean, rstd, q, k, v, attended, lse, qkv_weight, out_weight, set_index = ctx.saved_tensors
-        batch, length, width = dy.shape
-        dy = dy.reshape(-1, width)
-        dout = _product(dy, out_weight.t(), out=ctx.workspace.scratch("row", dy, *dy.shape))
-        dqkv = ctx.workspace.scratch("wide", dy, batch, length, 3, ctx.num_heads, width // ctx.num_heads)
-        dprefix = [dy.new_empty(batch, ctx.prefix, *dqkv.shape[3:]) if n else None for n in ctx.needs_input_grad[1:3]]
-        tensors = [_split_heads(t, batch, ctx.num_heads) for t in (dout, q, k, v, attended)]
-        for i in pieces(dqkv):
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(t[i] for t in tensors), lse[i], 0.0, False, scale=1.0
-            )
-            dq, dk, dv = (d.transpose(1, 2) for d in grads)
-            for own, d in zip(dqkv[i].unbind(2), (dq, dk[:, ctx.prefix :], dv[:, ctx.prefix :]), strict=True):
-                own.copy_(d)
-            for prefix, d in zip(dprefix, (dk, dv), strict=True):
-                if prefix is not None:
-                    prefix[i] = d[:, : ctx.prefix]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dh = _product(dqkv.view(len(dy), 3 * width), qkv_weight.t(), out=dout)
-            dx = ctx.workspace.normalize_backward(dh, rows, mean, rstd, dy).view(batch, length, width)
-        dprefix = [None if d is None else _sum_by_set(d, set_index, ctx.sets) for d in dprefix]
-        return dx, *dprefix, *[None] * 9
-
-
-def _split_heads(x: Tensor, batch: int, num_heads: int) -> Tensor:
-    """(B * L, D) or (B, L, D) -> (B, H, L, K), a view."""
-    return x.view(batch, -1, num_heads, x.shape[-1] // num_heads).transpose(1, 2)
-
-
-def _sum_by_set(x: Tensor, set_index: Tensor | None, sets: int) -> Tensor:
+def sum_by_set(x: Tensor, set_index: Tensor | None, sets: int) -> Tensor:
     """(S, ...) sums of x (B, ...) over the sequences of each set."""
     if set_index is None:
         return x.sum(dim=0, keepdim=True)
@@ -257,7 +129,7 @@ class PrependRows(torch.autograd.Function):
         length = ctx.shape[1]
         prefix_grad = None
         if ctx.needs_input_grad[0]:
-            prefix_grad = _sum_by_set(grad[:, :length], ctx.set_index, ctx.shape[0])
+            prefix_grad = sum_by_set(grad[:, :length], ctx.set_index, ctx.shape[0])
         return prefix_grad, grad[:, length:] if ctx.needs_input_grad[1] else None, None
 
 

@@ -15,7 +15,7 @@ def collect() -> dict[str, Any]:
     """Everything the command shows, as plain values."""
     import torch
 
-    from upt_fast import dispatch
+    from upt_fast import cpu_ops, dispatch
     from upt_fast.version import __version__
 
     devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
@@ -41,6 +41,7 @@ def collect() -> dict[str, Any]:
         "UPT_FAST_BACKEND": requested,
         "problem": problem,
         "ops": ops,
+        "cpu_ops": {str(d).removeprefix("torch."): cpu_ops.refusal(d) for d in (torch.float32, torch.bfloat16)},
     }
 
 
@@ -68,4 +69,6 @@ def main_info(as_json: bool = False) -> int:
         print(f"op {op}: {choice['backend']}")
         for backend, reasons in choice["refused"].items():
             print(f"    not {backend}: {'; '.join(reasons)}")
+    for dtype, reason in found["cpu_ops"].items():
+        print(f"compiled CPU operations, {dtype}: {reason or 'used by wide towers'}")
     return 1 if found["problem"] else 0

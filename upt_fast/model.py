@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 DESCRIPTION_KEYS = ("method", "config", "classnames", "clip_name", "clip_pretrained", "preprocess_cfg")
 # what the texts of one group of images may need at once, where they depend on the image
 TEXT_BYTES = 512 << 20
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 Self = TypeVar("Self", bound="FastPromptedCLIP")
 
@@ -49,7 +50,8 @@ class FastPromptedCLIP(nn.Module):
         method: a name of :func:`upt_fast.list_methods`, ``FILE.py:CLASS``, or a PromptLearner class.
         tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
         config: all of the method's options at once, instead of the keywords.
-        dtype: dtype of the frozen towers; None: clip_model's.
+        dtype: of the frozen towers, "fp32", "bf16", "fp16", "fp64" or PyTorch's; None: clip_model's. The learner and all
+            reductions stay in float32 beside half precision.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
         backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
             "triton,xformers", which never fall back (upt_fast/dispatch.py).
@@ -73,7 +75,7 @@ class FastPromptedCLIP(nn.Module):
         method: str | type[PromptLearner] = "upt",
         tokenizer: Tokenizer | None = None,
         config: MethodConfig | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         memory: str = "fast",
         backend: str = "auto",
         text_batch: int | None = None,
@@ -86,9 +88,7 @@ class FastPromptedCLIP(nn.Module):
         found = find_method(method)
         self.method, self.config = found.name, make_config(found, config, options)
         clip = frozen_clip(clip_model)
-        dtype = clip.dtype if dtype is None else dtype
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype={dtype}; wanted torch.float64, float32, bfloat16 or float16")
+        dtype = clip.dtype if dtype is None else _dtype(dtype)
         self.backend = dispatch.resolve(backend)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context = clip.text.context
@@ -419,6 +419,15 @@ class FastPromptedCLIP(nn.Module):
         return model.eval()
 
 
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype of the towers by either of its names."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r}; wanted {', '.join(map(repr, DTYPES))} or PyTorch's dtype of the same")
+    assert found is not None
+    return found
+
+
 def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
     def embed_words(words: str, count: int) -> Tensor:
         ids = tokenize_words(words, count, clip.text.context, tokenizer)
@@ -529,7 +538,7 @@ def _method_of(description: dict[str, Any], given: str | type[PromptLearner] | N
         if not isinstance(name, str) or name not in list_methods():
             raise ValueError(
                 f"method {name!r} is not known here; wanted one of {', '.join(map(repr, list_methods()))}, or the "
-                "class that it was trained with as method"
+                "class that it was trained with as method (--method FILE.py:CLASS)"
             )
         return find_method(name)
     method = find_method(given)

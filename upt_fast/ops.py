@@ -1,19 +1,25 @@
 """The engine's operations, one public function each; upt_fast/dispatch.py tells which backend computes them.
 
 Each has a twin of the same name in reference/ops.py that is written for reading. Plain PyTorch implementations stand
-here or, where they have a backward of their own, in functions.py; Triton kernels in kernels/.
+here or, where they have a backward of their own, in functions.py and frozen_block.py; Triton kernels in kernels/.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from upt_fast import dispatch, functions, memory_efficient
-from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast import dispatch, frozen_block, functions, memory_efficient
+from upt_fast.cpu_ops import FrozenWeight
+from upt_fast.frozen_block import BlockWeights, MLPWeights
+from upt_fast.layout import BufferPlaces, PackedLayout, PackedTiles
 from upt_fast.workspace import Workspace
 
 
@@ -179,7 +185,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functions.Linear.apply(x, weight, bias, None)
 
 
-def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu(
+    h: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    kind: str,
+    recompute: bool = False,
+    backend: str = "torch",
+) -> Tensor:
+    """W_2 act(W_1 h + b_1) + b_2 for frozen weights: an MLP without its LayerNorm and its residual.
+
+    Args:
+        h: (..., D).
+        fc_weight: (M, D), W_1.
+        fc_bias: (M,).
+        proj_weight: (D, M), W_2.
+        proj_bias: (D,).
+        kind: the activation, see :func:`activation`.
+        recompute: compute the hidden features (..., M) again in backward instead of keeping them.
+        backend: see upt_fast/dispatch.py.
+    """
+    weights = fc_weight, fc_bias, proj_weight, proj_bias
+    if dispatch.choose("linear_gelu", backend, h) == "triton":
+        from upt_fast.kernels import linear_gelu as kernel
+
+        return kernel.linear_gelu_linear(h, *weights, kind, keep=not recompute)
+    if recompute and torch.is_grad_enabled():
+        inputs = (h, *weights, kind, False, backend)
+        return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
+    a = activation(linear(h, fc_weight), kind, fc_bias, backend)
+    return linear(a, proj_weight, proj_bias)
+
+
+def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight, bias: Tensor) -> Tensor:
     """x + y W^T + b for a frozen linear, the sum done by the matrix product.
 
     Args:
@@ -188,14 +228,17 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tenso
         weight: (D, M).
         bias: (D,).
     """
-    return functions.linear_residual(x, y, weight, bias)
+    weight = weight if isinstance(weight, FrozenWeight) else FrozenWeight(weight)
+    if weight.forward is not None and not functions.op_by_op(y):
+        return frozen_block.LinearResidual.apply(x, y, weight, bias)
+    return functions.linear_residual(x, y, weight.plain, bias)
 
 
 def mlp(
     x: Tensor,
-    fc_weight: Tensor,
+    fc_weight: Tensor | FrozenWeight,
     fc_bias: Tensor,
-    proj_weight: Tensor,
+    proj_weight: Tensor | FrozenWeight,
     proj_bias: Tensor,
     eps: float,
     kind: str,
@@ -217,54 +260,64 @@ def mlp(
         workspace: memory to use; None: the op's own.
         layer: this layer's place in the workspace.
     """
-    if functions.op_by_op(x):
-        u = F.linear(layer_norm(x, eps), fc_weight, fc_bias)
-        return linear_residual(x, activation(u, kind), proj_weight, proj_bias)
+    fc, proj = (w if isinstance(w, FrozenWeight) else FrozenWeight(w) for w in (fc_weight, proj_weight))
+    if functions.op_by_op(x) or x.numel() == 0:
+        u = F.linear(layer_norm(x, eps), fc.plain, fc_bias)
+        return linear_residual(x, activation(u, kind), proj.plain, proj_bias)
     workspace = Workspace(1) if workspace is None else workspace
-    return functions.MLP.apply(x, fc_weight, fc_bias, proj_weight, proj_bias, eps, kind, recompute, workspace, layer)
+    weights = MLPWeights(fc, fc_bias, proj, proj_bias, eps, kind)
+    return frozen_block.MLP.apply(x, weights, recompute, workspace, layer)
 
 
-def attention(
+def block(
     x: Tensor,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
-    qkv_weight: Tensor,
-    q_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
+    weights: BlockWeights,
     set_index: Tensor | None = None,
+    memory: str = "fast",
     workspace: Workspace | None = None,
     layer: int = 0,
-    *,
-    num_heads: int,
 ) -> Tensor:
-    """x + W_o attention(W_qkv norm(x)) + b_o over [shared prefix ; own rows], for frozen, folded weights.
+    """One frozen residual block: x' = x + attention over [shared prefix ; own rows], then x' + MLP(x').
 
     Args:
         x: (B, L, D) residual stream.
         prefix_k: (S, P, H, K) keys of S prompt sets, or None.
         prefix_v: (S, P, H, K) values, or None.
-        qkv_weight: (3D, D), attention's scale in its query rows.
-        q_bias: (D,).
-        out_weight: (D, D), W_o.
-        out_bias: (D,), b_o, with what the value biases add.
-        eps: of the LayerNorm.
+        weights: the block's.
         set_index: (B,) int64, each image's set; None where S is 1.
+        memory: "fast", "balanced" or "lean": what backward recomputes (frozen_block.py).
         workspace: memory to use; None: the op's own.
         layer: this layer's place in the workspace.
-        num_heads: H.
     """
-    fused = x.device.type == "cpu" and x.numel() > 0 and x.dtype.itemsize >= 4 and not functions.op_by_op(x)
-    if fused:
+    exact = x.dtype.itemsize >= 4 or weights.qkv.forward is not None
+    if x.device.type == "cpu" and x.numel() > 0 and exact and not functions.op_by_op(x):
         workspace = Workspace(1) if workspace is None else workspace
-        weights = (qkv_weight, q_bias, out_weight, out_bias)
-        return functions.AttentionCPU.apply(
-            x, prefix_k, prefix_v, *weights, eps, set_index, workspace, layer, num_heads
+        return frozen_block.Block.apply(x, prefix_k, prefix_v, set_index, weights, memory, workspace, layer)
+    if memory == "lean" and torch.is_grad_enabled():
+        return checkpoint(
+            _block, x, prefix_k, prefix_v, weights, set_index, False, use_reentrant=False, preserve_rng_state=False
         )
-    q, k, v = qkv(layer_norm(x, eps), qkv_weight, q_bias, num_heads)
+    return _block(x, prefix_k, prefix_v, weights, set_index, memory == "balanced", workspace, layer)
+
+
+def _block(
+    x: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    weights: BlockWeights,
+    set_index: Tensor | None,
+    recompute: bool,
+    workspace: Workspace | None = None,
+    layer: int = 0,
+) -> Tensor:
+    """:func:`block`, operation by operation."""
+    width, w = x.shape[-1], weights.mlp
+    q, k, v = qkv(layer_norm(x, weights.eps), weights.qkv.plain, weights.qkv_bias[:width], weights.num_heads)
     attended = prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
-    return linear_residual(x, attended.flatten(-2), out_weight, out_bias)
+    x = linear_residual(x, attended.flatten(-2), weights.out.plain, weights.out_bias)
+    return mlp(x, w.fc, w.fc_bias, w.proj, w.proj_bias, w.eps, w.activation, recompute, workspace, layer)
 
 
 def qkv(
@@ -295,6 +348,7 @@ def prefix_attention(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     set_index: Tensor | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """Attention of each image's queries over [shared prefix ; own rows], without mask.
 
@@ -305,9 +359,14 @@ def prefix_attention(
         prefix_k: (S, P, H, K) keys of S prompt sets, or None.
         prefix_v: (S, P, H, K) values, or None.
         set_index: (B,) int64, each image's set; None where S is 1.
+        backend: see upt_fast/dispatch.py.
     Returns:
         (B, Q, H, K)
     """
+    if dispatch.choose("prefix_attention", backend, q) == "triton":
+        from upt_fast.kernels import prompt_attention as kernel
+
+        return kernel.prefix_attention(*_autocast(q, k, v, prefix_k, prefix_v), set_index)
     if prefix_k is not None and prefix_v is not None:
         k = prepend_rows(prefix_k, k, set_index)
         v = prepend_rows(prefix_v, v, set_index)
@@ -329,7 +388,14 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: PackedLayout
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    layout: PackedLayout,
+    backend: str = "torch",
+    tiles: PackedTiles | None = None,
 ) -> Tensor:
     """Causal attention of packed class rows over [the set's shared prefix ; the class's own rows so far].
 
@@ -340,9 +406,16 @@ def packed_attention(
         prefix_k: (S, P, H, K) keys in front of every class of a set.
         prefix_v: (S, P, H, K) values.
         layout: how the N rows divide into S sets of classes.
+        backend: see upt_fast/dispatch.py.
+        tiles: the layout's for this P, on q's device; None: divided once and kept. Only "triton" looks at them.
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
+    if dispatch.choose("packed_attention", backend, q) == "triton":
+        from upt_fast.kernels import packed_attention as kernel
+
+        tiles = _packed_tiles(layout, prefix_k.shape[1], str(q.device)) if tiles is None else tiles
+        return kernel.packed_attention(*_autocast(q, k, v, prefix_k, prefix_v), tiles)
     last_only = q.shape[0] != k.shape[0]
     dtype = q.dtype
     if any(t.dtype.itemsize < 4 for t in (q, k, v, prefix_k, prefix_v)):
@@ -362,6 +435,19 @@ def packed_attention(
         outputs.append(functions.PackedAttention.apply(own_q, own_k, own_v, *prefixes, runs, last_only).flatten(0, 1))
         query, row, first = query + sets * queries, row + sets * rows, first + sets
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+
+
+def _autocast(*tensors: Tensor | None) -> Iterator[Any]:
+    """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: custom ops are not cast."""
+    device = next(t.device.type for t in tensors if t is not None)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (t if t is None or dtype is None else t.to(dtype) for t in tensors)
+
+
+@functools.lru_cache(maxsize=64)
+def _packed_tiles(layout: PackedLayout, prefix: int, device: str) -> PackedTiles:
+    with torch.inference_mode(False):  # they may be needed for gradients later
+        return PackedTiles.of(layout, prefix).to(device)
 
 
 def contrastive_loss(

@@ -3,6 +3,8 @@ arguments but for what only steers memory."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +44,19 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b."""
     return x @ weight.t() if bias is None else x @ weight.t() + bias
+
+
+def linear_gelu(
+    h: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    kind: str,
+    recompute: bool = False,
+) -> Tensor:
+    """W_2 act(W_1 h + b_1) + b_2."""
+    return linear(activation(linear(h, fc_weight, fc_bias), kind), proj_weight, proj_bias)
 
 
 def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -122,23 +137,20 @@ def qkv(
     return q.unflatten(-1, (num_heads, -1)), *((h @ w.t()).unflatten(-1, (num_heads, -1)) for w in (w_k, w_v))
 
 
-def attention(
+def block(
     x: Tensor,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
-    qkv_weight: Tensor,
-    q_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
+    weights: Any,
     set_index: Tensor | None = None,
-    *,
-    num_heads: int,
+    memory: str = "fast",
 ) -> Tensor:
-    """x + W_o attention(W_qkv norm(x)) + b_o over [prefix of the sequence's set ; own rows]."""
-    q, k, v = qkv(layer_norm(x, eps), qkv_weight, q_bias, num_heads)
+    """x' = x + W_o attention(W_qkv norm(x)) + b_o over [prefix of the sequence's set ; own rows], then x' + MLP(x')."""
+    width, w = x.shape[-1], weights.mlp
+    q, k, v = qkv(layer_norm(x, weights.eps), weights.qkv.plain, weights.qkv_bias[:width], weights.num_heads)
     attended = prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
-    return linear_residual(x, attended.flatten(-2), out_weight, out_bias)
+    x = linear_residual(x, attended.flatten(-2), weights.out.plain, weights.out_bias)
+    return mlp(x, w.fc.plain, w.fc_bias, w.proj.plain, w.proj_bias, w.eps, w.activation)
 
 
 def packed_attention(

@@ -11,13 +11,17 @@ attention's q, k, v and output, and the activation's input: 10 D numbers, whatev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import dispatch, ops
+from upt_fast import cpu_ops, dispatch, ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
+from upt_fast.cpu_ops import FrozenWeight
+from upt_fast.frozen_block import BlockWeights, MLPWeights
 from upt_fast.workspace import MemoryPool, Workspace
 
 QUICK_GELU_SLOPE = 1.702
@@ -73,6 +77,7 @@ class FrozenBlocks(nn.Module):
         folded = [_fold_block(b, num_heads, activation, dtype) for b in blocks]
         for name in list(folded[0]):
             self.register_buffer(name, torch.stack([f.pop(name) for f in folded]), persistent=False)
+        self._pack()
 
     qkv_weight: Tensor  # (L, 3D, D) rows q, k, v
     qkv_bias: Tensor  # (L, 3D) zero for k and v
@@ -108,11 +113,33 @@ class FrozenBlocks(nn.Module):
             workspace: memory of this pass, or None.
         """
         prefix_k, prefix_v = (None, None) if prefix_kv is None else prefix_kv.unbind(2)
-        weights = (self.qkv_weight[i], self.qkv_bias[i, : self.width], self.out_weight[i], self.out_bias[i])
-        x = ops.attention(
-            x, prefix_k, prefix_v, *weights, self.eps_1[i], set_index, workspace, i, num_heads=self.num_heads
-        )
-        return self.mlp(i, x, workspace)
+        return ops.block(x, prefix_k, prefix_v, self.weights(i), set_index, self.memory, workspace, i)
+
+    def weights(self, i: int) -> BlockWeights:
+        """The weights of layer i."""
+        qkv, out, fc, proj = (self.weight(name, i) for name in ("qkv", "out", "fc", "proj"))
+        mlp = MLPWeights(fc, self.fc_bias[i], proj, self.proj_bias[i], self.eps_2[i], self.activation)
+        return BlockWeights(qkv, self.qkv_bias[i], out, self.out_bias[i], self.eps_1[i], self.num_heads, mlp)
+
+    def weight(self, name: str, i: int) -> FrozenWeight:
+        """Layer i's weight "qkv", "out", "fc" or "proj"."""
+        packed = self._packed.get((name, i))
+        return FrozenWeight(getattr(self, f"{name}_weight")[i]) if packed is None else packed
+
+    def _pack(self) -> None:
+        """Pack the weights for the CPU operations where those run."""
+        self._packed: dict[tuple[str, int], FrozenWeight] = {}
+        weight = self.qkv_weight
+        if weight.device.type != "cpu" or self.streams or cpu_ops.refusal(weight.dtype, self.width):
+            return
+        for name in ("qkv", "out", "fc", "proj"):
+            for i, plain in enumerate(getattr(self, f"{name}_weight")):
+                self._packed[name, i] = FrozenWeight.pack(plain)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
 
     def prompt_kv(self, prompts: Tensor, first: int = 0) -> Tensor:
         """Keys and values of prompts that act as nothing else, of several layers in one product.
@@ -141,12 +168,12 @@ class FrozenBlocks(nn.Module):
             attended: (..., H, K) attention's output for these rows.
             workspace: memory of this pass, or None.
         """
-        x = ops.linear_residual(x, attended.flatten(-2), self.out_weight[i], self.out_bias[i])
+        x = ops.linear_residual(x, attended.flatten(-2), self.weight("out", i), self.out_bias[i])
         return self.mlp(i, x, workspace)
 
     def mlp(self, i: int, x: Tensor, workspace: Workspace | None) -> Tensor:
         """The MLP of layer i with its residual, for rows (..., D)."""
-        weights = (self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i])
+        weights = (self.weight("fc", i), self.fc_bias[i], self.weight("proj", i), self.proj_bias[i])
         recompute = self.memory == "balanced"
         return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=recompute, workspace=workspace, layer=i)
 
@@ -166,18 +193,22 @@ class FrozenBlocks(nn.Module):
         """
         out = ops.linear(attended.flatten(-2), self.out_weight[i], self.out_bias[i])
         x, h = ops.add_layer_norm(x, out, self.eps_2[i], self.backend)
-        if self.memory == "balanced" and torch.is_grad_enabled():
-            return x, checkpoint(self._stream_mlp, i, h, use_reentrant=False, preserve_rng_state=False)
         return x, self._stream_mlp(i, h)
 
     def _stream_mlp(self, i: int, h: Tensor) -> Tensor:
-        u = ops.linear(h, self.fc_weight[i])
-        a = ops.activation(u, self.activation, self.fc_bias[i], self.backend)
-        return ops.linear(a, self.proj_weight[i], self.proj_bias[i])
+        weights = self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i]
+        return ops.linear_gelu(h, *weights, self.activation, self.memory == "balanced", self.backend)
 
-    def workspace(self, label: str = "rows") -> Workspace | None:
-        """Memory for one pass through the layers; None where backward recomputes them, in an order of its own."""
-        return None if self.memory == "lean" else Workspace(self.num_layers - 1, self._pool, label)
+    def workspace(self, label: str = "rows", checkpointed: bool = True) -> Workspace | None:
+        """Memory for one pass through the layers.
+
+        Args:
+            label: of the kind of pass.
+            checkpointed: whether :meth:`run` runs the layers; None where it recomputes them, in an order of its own.
+        """
+        if checkpointed and self.memory == "lean":
+            return None
+        return Workspace(self.num_layers - 1, self._pool, label)
 
     def train(self, mode: bool = True) -> FrozenBlocks:
         if not mode:

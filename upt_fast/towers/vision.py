@@ -110,15 +110,15 @@ class VisionTower(nn.Module):
         # in layer depth - 1 prompts become rows, unless no later layer reads those
         key_value_only = depth if depth > last else depth - 1
         prompt_kv = blocks.prompt_kv(torch.stack(entering[:key_value_only])) if key_value_only and length else None
-        first_row, workspace = 0, blocks.workspace()
+        first_row, workspace = 0, blocks.workspace(checkpointed=False)
         for i in range(blocks.num_layers):
             if i == key_value_only and length:
                 x, first_row = ops.prepend_rows(entering[i], x, set_index), length
             prefix = None if prompt_kv is None or i >= key_value_only else prompt_kv[i]
             if i < last:
-                x = blocks.run(blocks.layer, i, x, prefix, set_index, workspace)
+                x = blocks.layer(i, x, prefix, set_index, workspace)
             else:
-                x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, workspace)
+                x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, blocks.workspace("last"))
         if workspace is not None:
             workspace.end_forward()
         return x

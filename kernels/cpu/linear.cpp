@@ -1,0 +1,302 @@
+// Products with frozen weights on a CPU with AVX-512: the LayerNorm in front and the elementwise work behind are done
+// on panels of rows while they are in the cache, and results go straight to where they are kept.
+//
+//     norm_linear            out = act(norm(x) W + b), and act' of the same where it is wanted
+//     linear_residual        out = residual + a W + b
+//     linear_times           out = (dy W) factor, which is act'
+//     linear_norm_backward   out = dy + the gradient of x, given d W as that of norm(x)
+//
+// The micro-kernel is oneDNN's batch-reduce GEMM, which PyTorch exports. Weights come packed (cpu_ops.py):
+// (N / NB, K, NB) in float32, (N / NB, K / 2, NB, 2) in bfloat16, N padded with zeros. Accumulation, LayerNorm and
+// everything elementwise are in float32. Activations: 0 none, 1 silu, 2 gelu, 3 tanh gelu.
+
+#include "common.h"
+
+namespace {
+
+using namespace upt_fast;
+constexpr int64_t NB = 64;           // columns of a packed block
+constexpr int64_t PANEL_ROWS = 192;  // rows of a panel at most
+constexpr int64_t LONG_K = 1024;     // beyond it a panel is accumulated over parts of K
+constexpr int64_t PART_K = 768;
+
+template <typename T>
+inline Vec sigmoid(const Vec& u) {
+  return Vec(1) / (Vec(1) + exponential<T>(u.neg()));
+}
+
+// act(u) and act'(u), which share their exponentials
+template <typename T>
+inline std::pair<Vec, Vec> activate(const Vec& u, int64_t kind) {
+  if (kind == 1) {
+    const Vec s = sigmoid<T>(u);
+    return {u * s, s * (Vec(1) + u * (Vec(1) - s))};
+  }
+  if (kind == 2) {
+    const Vec below = Vec(0.5f) * (Vec(1) + (u * Vec(static_cast<float>(M_SQRT1_2))).erf());
+    return {u * below, below + u * exponential<T>(u * u * Vec(-0.5f)) * Vec(0.3989422804014327f)};
+  }
+  const Vec t = (Vec(0.7978845608028654f) * (u + Vec(0.044715f) * u * u * u)).tanh();
+  const Vec slope = Vec(0.7978845608028654f) * (Vec(1) + Vec(0.134145f) * u * u);
+  return {Vec(0.5f) * u * (Vec(1) + t), Vec(0.5f) * (Vec(1) + t) + Vec(0.5f) * u * (Vec(1) - t * t) * slope};
+}
+
+// Multiplies panels of rows. prepare(row, rows) returns the panel's first row and the distance of its rows; finish(row,
+// rows, column, columns, c, distance) takes the float32 results; with whole_rows all
+// columns at once.
+template <typename T, typename Prepare, typename Finish>
+void products(
+    int64_t M, int64_t K, int64_t N, const T* packed, const Prepare& prepare, const Finish& finish,
+    bool whole_rows = false) {
+  constexpr bool vnni = !std::is_same_v<T, float>;
+  const int64_t threads = at::get_num_threads();
+  const int64_t panels = threads * ((M + threads * PANEL_ROWS - 1) / (threads * PANEL_ROWS));
+  const int64_t height = (M + panels - 1) / panels, blocks = (N + NB - 1) / NB;
+  const bool whole = whole_rows || K > LONG_K;  // all columns of a panel at once, K in parts
+  const int64_t distance = whole ? blocks * NB : NB;
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    float* c = scratch<float>(0, height * distance).data();
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = p * height, rows = std::min(height, M - row);
+      if (rows <= 0) break;
+      const auto [a, lda] = prepare(row, rows);
+      for (int64_t k = 0; whole && k < K; k += PART_K) {
+        const int64_t part = std::min(PART_K, K - k);
+        for (int64_t j = 0; j < blocks; ++j) {
+          at::native::cpublas::brgemm(
+              rows, NB, part, lda, NB, distance, k > 0, a + k, packed + (j * K + k) * NB, c + j * NB, vnni);
+        }
+      }
+      if (whole) {
+        finish(row, rows, 0, N, c, distance);
+        continue;
+      }
+      for (int64_t j = 0; j < blocks; ++j) {
+        at::native::cpublas::brgemm(rows, NB, K, lda, NB, NB, false, a, packed + j * K * NB, c, vnni);
+        finish(row, rows, j * NB, std::min(NB, N - j * NB), c, NB);
+      }
+    }
+    at::native::cpublas::brgemm_release(vnni);
+  });
+}
+
+// one row's mean and 1 / standard deviation
+template <typename T>
+inline std::pair<float, float> moments(const T* x, int64_t n, double eps) {
+  Vec total(0);
+  lanes(n, [&](int64_t i, int64_t m) { total = total + read(x + i, m); });  // short loads are filled with zeros
+  const float mean = sum(total) / static_cast<float>(n);
+  Vec squares(0);
+  lanes(n, [&](int64_t i, int64_t m) {
+    const Vec d = read(x + i, m) - Vec(mean);
+    squares = squares + (m == Vec::size() ? d * d : Vec::set(Vec(0), d * d, m));
+  });
+  const float variance = sum(squares) / static_cast<float>(n);
+  return {mean, static_cast<float>(1.0 / std::sqrt(static_cast<double>(variance) + eps))};
+}
+
+template <typename T>
+void norm_linear_of(
+    const Tensor& x, double eps, const Tensor& packed, int64_t N, const std::optional<Tensor>& bias, int64_t act,
+    const std::optional<Tensor>& slope, at::TensorList outs, at::IntArrayRef length, at::IntArrayRef stride,
+    at::IntArrayRef first, const Tensor& mean, const Tensor& rstd) {
+  const int64_t M = x.size(0), K = x.size(1), width = N / static_cast<int64_t>(outs.size());
+  const T* px = data<T>(x);
+  float *pm = data<float>(mean), *pr = data<float>(rstd);
+  const T* pb = bias ? data<T>(*bias) : nullptr;
+  T* ps = slope ? data<T>(*slope) : nullptr;
+  std::vector<T*> po;
+  for (const auto& out : outs) po.push_back(data<T>(out));
+  auto prepare = [&](int64_t row, int64_t rows) {
+    T* h = scratch<T>(1, rows * K).data();
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = px + (row + r) * K;
+      const auto [m, s] = moments(from, K, eps);
+      pm[row + r] = m;
+      pr[row + r] = s;
+      lanes(K, [&, m = m, s = s](int64_t i, int64_t n) { write(h + r * K + i, (read(from + i, n) - Vec(m)) * Vec(s), n); });
+    }
+    return std::pair<const T*, int64_t>(h, K);
+  };
+  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c, int64_t distance) {
+    for (int64_t done = 0; done < columns;) {  // a block of columns may reach into the next output
+      const int64_t o = (column + done) / width, inside = (column + done) % width;
+      const int64_t n = std::min(columns - done, width - inside);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t source = row + r;
+        const int64_t target = length[o] ? source / length[o] * stride[o] + first[o] + source % length[o] : source;
+        T* to = po[o] + target * width + inside;
+        lanes(n, [&](int64_t i, int64_t m) {
+          Vec v = read(c + r * distance + done + i, m);
+          if (pb) v = v + read(pb + column + done + i, m);
+          if (act) {
+            const auto [value, derivative] = activate<T>(v, act);
+            if (ps) write(ps + source * width + inside + i, derivative, m);
+            v = value;
+          }
+          write(to + i, v, m);
+        });
+      }
+      done += n;
+    }
+  };
+  products<T>(M, K, N, data<T>(packed), prepare, finish);
+}
+
+template <typename T>
+void linear_residual_of(
+    const Tensor& a, const Tensor& packed, int64_t N, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const Tensor& out) {
+  const int64_t M = a.size(0), K = a.size(1);
+  const T *pa = data<T>(a), *pb = bias ? data<T>(*bias) : nullptr, *px = residual ? data<T>(*residual) : nullptr;
+  T* po = data<T>(out);
+  auto prepare = [&](int64_t row, int64_t) { return std::pair<const T*, int64_t>(pa + row * K, K); };
+  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c, int64_t distance) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (row + r) * N + column;
+      lanes(columns, [&](int64_t i, int64_t n) {
+        Vec v = read(c + r * distance + i, n);
+        if (pb) v = v + read(pb + column + i, n);
+        if (px) v = v + read(px + at + i, n);
+        write(po + at + i, v, n);
+      });
+    }
+  };
+  products<T>(M, K, N, data<T>(packed), prepare, finish);
+}
+
+template <typename T>
+void linear_times_of(const Tensor& dy, const Tensor& packed, int64_t N, const Tensor& factor, const Tensor& out) {
+  const int64_t M = dy.size(0), K = dy.size(1);
+  const T *pd = data<T>(dy), *pf = data<T>(factor);
+  T* po = data<T>(out);
+  auto prepare = [&](int64_t row, int64_t) { return std::pair<const T*, int64_t>(pd + row * K, K); };
+  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c, int64_t distance) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (row + r) * N + column;
+      lanes(columns, [&](int64_t i, int64_t n) {
+        write(po + at + i, read(c + r * distance + i, n) * read(pf + at + i, n), n);
+      });
+    }
+  };
+  products<T>(M, K, N, data<T>(packed), prepare, finish);
+}
+
+template <typename T>
+void linear_norm_backward_of(
+    const Tensor& d, const Tensor& packed, int64_t N, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const Tensor& dy, const Tensor& out) {
+  const int64_t M = d.size(0), K = d.size(1);
+  const T *pd = data<T>(d), *px = data<T>(x), *py = data<T>(dy);
+  const float *pm = data<float>(mean), *pr = data<float>(rstd);
+  T* po = data<T>(out);
+  const float scale = 1.0f / static_cast<float>(N);
+  auto prepare = [&](int64_t row, int64_t) { return std::pair<const T*, int64_t>(pd + row * K, K); };
+  auto finish = [&](int64_t row, int64_t rows, int64_t, int64_t, const float* c, int64_t distance) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* g = c + r * distance;
+      const T *xr = px + (row + r) * N, *yr = py + (row + r) * N;
+      T* to = po + (row + r) * N;
+      const Vec m(pm[row + r]), s(pr[row + r]);
+      Vec total(0), product(0);
+      lanes(N, [&](int64_t i, int64_t n) {
+        Vec gv = read(g + i, n), h = (read(xr + i, n) - m) * s;
+        if (n != Vec::size()) gv = Vec::set(Vec(0), gv, n);
+        total = total + gv;
+        product = product + (n == Vec::size() ? gv * h : Vec::set(Vec(0), gv * h, n));
+      });
+      const Vec a(sum(total) * scale), b(sum(product) * scale);
+      lanes(N, [&](int64_t i, int64_t n) {
+        const Vec h = (read(xr + i, n) - m) * s;
+        write(to + i, read(yr + i, n) + s * (read(g + i, n) - a - h * b), n);
+      });
+    }
+  };
+  products<T>(M, K, N, data<T>(packed), prepare, finish, /*whole_rows=*/true);
+}
+
+void check_packed(const Tensor& packed, const Tensor& rows, int64_t n) {
+  TORCH_CHECK(rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kBFloat16, "wanted float32 or bfloat16");
+  TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.device().is_cpu(), "wanted contiguous rows on the CPU");
+  check(packed, rows, "packed weights");
+  TORCH_CHECK(
+      packed.size(0) == (n + NB - 1) / NB && packed.numel() == packed.size(0) * NB * rows.size(1),
+      "packed weights of ", packed.sizes(), " do not fit rows of ", rows.size(1), " and ", n, " columns");
+}
+
+void norm_linear(
+    const Tensor& x, double eps, const Tensor& packed, const std::optional<Tensor>& bias, int64_t act,
+    const std::optional<Tensor>& slope, at::TensorList outs, at::IntArrayRef length, at::IntArrayRef stride,
+    at::IntArrayRef first, const Tensor& mean, const Tensor& rstd) {
+  const int64_t width = outs[0].size(-1), N = width * static_cast<int64_t>(outs.size());
+  check_packed(packed, x, N);
+  for (const auto& out : outs) check(out, x, "out");
+  if (bias) check(*bias, x, "bias");
+  if (slope) check(*slope, x, "slope");
+  TORCH_CHECK(
+      mean.numel() == x.size(0) && rstd.numel() == x.size(0) && mean.scalar_type() == at::kFloat &&
+          rstd.scalar_type() == at::kFloat,
+      "mean and rstd must be float32 with one number a row");
+  TORCH_CHECK(!bias || bias->numel() == N, "bias of ", bias->numel(), "; wanted ", N);
+  TORCH_CHECK(!slope || slope->numel() == x.size(0) * N, "slope does not fit ", x.size(0), " rows of ", N);
+  for (size_t o = 0; o < outs.size(); ++o) {
+    TORCH_CHECK(outs[o].size(-1) == width, "outs differ in width");
+    const int64_t rows = x.size(0);
+    const int64_t last = length[o] ? (rows - 1) / length[o] * stride[o] + first[o] + (rows - 1) % length[o] : rows - 1;
+    TORCH_CHECK(rows == 0 || last < outs[o].numel() / width, "out ", o, " is too small for ", rows, " rows");
+  }
+  BY_DTYPE(norm_linear_of, x, x, eps, packed, N, bias, act, slope, outs, length, stride, first, mean, rstd);
+}
+
+void linear_residual(
+    const Tensor& a, const Tensor& packed, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& out) {
+  check_packed(packed, a, out.size(-1));
+  check(out, a, "out");
+  if (bias) check(*bias, a, "bias");
+  if (residual) check(*residual, a, "residual");
+  TORCH_CHECK(!bias || bias->numel() == out.size(-1), "bias of ", bias->numel(), "; wanted ", out.size(-1));
+  TORCH_CHECK(out.numel() == a.size(0) * out.size(-1), "out does not fit ", a.size(0), " rows");
+  TORCH_CHECK(!residual || residual->numel() == out.numel(), "residual does not fit out");
+  BY_DTYPE(linear_residual_of, a, a, packed, out.size(-1), bias, residual, out);
+}
+
+void linear_times(const Tensor& dy, const Tensor& packed, const Tensor& factor, const Tensor& out) {
+  check_packed(packed, dy, out.size(-1));
+  check(factor, dy, "factor");
+  check(out, dy, "out");
+  TORCH_CHECK(out.numel() == dy.size(0) * out.size(-1) && factor.numel() == out.numel(), "factor and out must fit dy's rows");
+  BY_DTYPE(linear_times_of, dy, dy, packed, out.size(-1), factor, out);
+}
+
+void linear_norm_backward(
+    const Tensor& d, const Tensor& packed, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& dy,
+    const Tensor& out) {
+  check_packed(packed, d, out.size(-1));
+  check(x, d, "x");
+  check(dy, d, "dy");
+  check(out, d, "out");
+  const int64_t numbers = d.size(0) * out.size(-1);
+  TORCH_CHECK(
+      out.numel() == numbers && x.numel() == numbers && dy.numel() == numbers && mean.numel() == d.size(0) &&
+          rstd.numel() == d.size(0) && mean.scalar_type() == at::kFloat && rstd.scalar_type() == at::kFloat,
+      "x, dy, out, mean and rstd must fit d's rows");
+  BY_DTYPE(linear_norm_backward_of, d, d, packed, out.size(-1), x, mean, rstd, dy, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
+  m.def(
+      "norm_linear(Tensor x, float eps, Tensor packed, Tensor? bias, int act, Tensor(a!)? slope, Tensor[] outs, "
+      "int[] length, int[] stride, int[] first, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+      &norm_linear);
+  m.def(
+      "linear_residual(Tensor a, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()",
+      &linear_residual);
+  m.def("linear_times(Tensor dy, Tensor packed, Tensor factor, Tensor(a!) out) -> ()", &linear_times);
+  m.def(
+      "linear_norm_backward(Tensor d, Tensor packed, Tensor x, Tensor mean, Tensor rstd, Tensor dy, Tensor(a!) out) "
+      "-> ()",
+      &linear_norm_backward);
+}

@@ -1,0 +1,537 @@
+"""The MLP's fused kernels against their plain twin in float64, and the table of measured tiles."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from upt_fast.kernels import linear_gelu as kernel
+from upt_fast.kernels._launch import SMALLEST_LIMIT, record, shared_limit
+from upt_fast.kernels.linear_gelu import TILES, Tile
+
+from upt_fast import ops
+from upt_fast.reference import ops as reference
+from upt_fast.testing import relative_rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter has no bfloat16
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
+if DEVICE == "cuda":
+    TOLERANCES[torch.bfloat16] = 1e-2
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+KINDS = pytest.mark.parametrize("kind", kernel.KINDS)
+RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+# sizes of which blocks are never full; several groups of rows of tiles, several tiles a program, two pieces
+SMALL = Tile(32, 64, 16, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """An empty folder for tables, and nothing remembered."""
+    monkeypatch.setenv("UPT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernel, "_tables", {})
+    return tmp_path / "cache"
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape)).to(DEVICE, dtype)
+
+
+def weights(width: int, hidden: int, out: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """W_1, b_1, W_2, b_2 such that hidden features have deviation 2 and outputs 1."""
+    fc, proj = randn(hidden, width, dtype=dtype, scale=2 * width**-0.5), randn(out, hidden, dtype=dtype)
+    return [fc, randn(hidden, dtype=dtype), proj * max(hidden, 1) ** -0.5, randn(out, dtype=dtype)]
+
+
+def compare(h, w, kind="gelu", recompute=False, dy=None) -> None:
+    """Output and gradient equal those of the twin in float64 on the same numbers; the inputs stay as they were."""
+    before = [t.detach().clone() for t in (h, *w)]
+    h = h.detach().requires_grad_()
+    got = ops.linear_gelu(h, *w, kind, recompute, "triton")
+    dy = torch.randn(got.shape).to(got) if dy is None else dy
+    (dh,) = torch.autograd.grad(got, h, dy)
+    exact = h.detach().double().requires_grad_()
+    wanted = reference.linear_gelu(exact, *(t.double() for t in w), kind)
+    (wanted_dh,) = torch.autograd.grad(wanted, exact, dy.double())
+    assert got.dtype == dh.dtype == h.dtype
+    assert (got.shape, dh.shape) == (wanted.shape, h.shape)
+    assert relative_rms(got, wanted) <= TOLERANCES[h.dtype]
+    assert relative_rms(dh, wanted_dh) <= TOLERANCES[h.dtype]
+    assert all(map(torch.equal, (h, *w), before))
+
+
+@DTYPES
+@KINDS
+@RECOMPUTE
+@pytest.mark.parametrize("rows", [1, 7, 33, 130])
+def test_matches_reference(rows, recompute, kind, dtype):
+    compare(randn(rows, 33, dtype=dtype), weights(33, 150, 29, dtype), kind, recompute)
+
+
+SHAPES = {
+    "blocks": ((64,), 64, 128, 64),
+    "one_number": ((1,), 1, 1, 1),
+    "one_row": ((), 19, 67, 19),
+    "images": ((2, 3, 5), 70, 40, 70),
+    "long_sums": ((5,), 200, 300, 130),
+}
+
+
+@RECOMPUTE
+@pytest.mark.parametrize(("batch", "width", "hidden", "out"), SHAPES.values(), ids=SHAPES)
+def test_shapes(batch, width, hidden, out, recompute):
+    compare(randn(*batch, width), weights(width, hidden, out), recompute=recompute)
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
+def test_no_rows(batch, recompute):
+    compare(randn(*batch, 33), weights(33, 40, 33), recompute=recompute)
+
+
+VIEWS = {
+    "every_second_row": lambda rows, columns: randn(2 * rows, columns)[::2],
+    "some_columns": lambda rows, columns: randn(rows, columns + 7)[:, 3 : columns + 3],
+    "every_second_column": lambda rows, columns: randn(rows, 2 * columns)[:, ::2],
+    "transposed": lambda rows, columns: randn(columns, rows).t(),
+    "one_row_for_all": lambda rows, columns: randn(columns).expand(rows, columns),
+    "one_number_for_all": lambda rows, columns: randn(1).expand(rows, columns),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("place", ["h", "fc", "proj", "gradient"])
+def test_strided(place, view):
+    h, (fc, fc_bias, proj, proj_bias) = randn(9, 33), weights(33, 70, 21)
+    h = view(9, 33) if place == "h" else h
+    fc, proj = view(70, 33) if place == "fc" else fc, view(21, 70) if place == "proj" else proj
+    compare(h, [fc, fc_bias, proj, proj_bias], dy=view(9, 21) if place == "gradient" else None)
+
+
+def test_strided_sequences_biases_and_u():
+    w = weights(33, 70, 21)
+    w[1], w[3] = randn(70, 2)[:, 0], randn(1).expand(21)
+    compare(randn(4, 5, 33)[:, 1:3], w, dy=randn(2, 4, 21).transpose(0, 1))
+    dy, u = randn(9, 21), randn(9, 140)[:, ::2]
+    got = kernel.linear_dact(dy, w[2], u, 1)
+    assert torch.equal(got, kernel.linear_dact(dy, w[2].contiguous(), u.contiguous(), 1))
+
+
+def exact_pair(x, w, b, kind):
+    u = (x.double() @ w.double().t() + b.double()).requires_grad_()
+    return u, reference.activation(u, kind)
+
+
+@pytest.mark.parametrize(
+    "tile", [*(t for tiles in TILES.values() for t in tiles), SMALL], ids=lambda t: "x".join(map(str, t))
+)
+def test_every_tile(tile):
+    """More than one group of rows for the smallest; the kernels alone, u and du against the twin's."""
+    rows, hidden, width = 2 * tile.block_m + 5, tile.block_n + 9, tile.block_k + 3
+    rows = 9 * tile.block_m + 5 if tile is SMALL else rows
+    x, w, b, dy = randn(rows, width), randn(hidden, width, scale=0.2), randn(hidden), randn(rows, 17)
+    v = randn(17, hidden)
+    a, u = kernel.linear_act(x, w, b, 1, tile=tile)
+    exact_u, exact_a = exact_pair(x, w, b, "gelu")
+    assert max(relative_rms(u, exact_u), relative_rms(a, exact_a)) <= 1e-5
+    (wanted,) = torch.autograd.grad(exact_a, exact_u, dy.double() @ v.double())
+    assert relative_rms(kernel.linear_dact(dy, v, u, 1, tile=tile), wanted) <= 1e-5
+
+
+@DTYPES
+def test_full_blocks_take_no_masks(dtype):
+    """Sizes that blocks divide, one way, and sizes that they do not: the same numbers."""
+    tile = Tile(32, 32, 16, 1, 1)
+    x, w, b = randn(64, 32, dtype=dtype), randn(64, 32, dtype=dtype), randn(64, dtype=dtype)
+    a, u = kernel.linear_act(x, w, b, 0, tile=tile)
+    part_a, part_u = kernel.linear_act(x[:50], w[:50], b[:50], 0, tile=tile)
+    assert torch.equal(a[:50, :50], part_a)
+    assert torch.equal(u[:50, :50], part_u)
+    dy, v = randn(64, 32, dtype=dtype), randn(32, 64, dtype=dtype)
+    part = kernel.linear_dact(dy[:50], v[:, :50], u[:50, :50], 0, tile=tile)
+    assert torch.equal(kernel.linear_dact(dy, v, u, 0, tile=tile)[:50, :50], part)
+
+
+def test_u_is_written_only_where_it_is_needed():
+    x, w = randn(5, 33), weights(33, 70, 33)
+    a, u = kernel.linear_act(x, w[0], w[1], 2)
+    alone, nothing = kernel.linear_act(x, w[0], w[1], 2, keep=False)
+    assert torch.equal(a, alone)
+    assert (u.shape, nothing.shape) == ((5, 70), (0,))
+
+
+@pytest.mark.parametrize(
+    ("grad", "recompute", "mode"),
+    [(True, False, True), (True, True, True), (True, False, False), (False, False, True)],
+    ids=["keep", "recompute", "no_grad", "constant"],
+)
+def test_what_is_launched(grad, recompute, mode):
+    """With gradients to come u is written unless backward computes it again; without them it never is."""
+    h = randn(5, 33).requires_grad_(grad)
+    with torch.set_grad_enabled(mode), record() as launches:
+        ops.linear_gelu(h, *weights(33, 70, 33), "gelu", recompute, "triton")
+    (launched,) = launches
+    keeps = grad and mode and not recompute
+    assert launched.arguments["HAS_U"] is keeps
+    assert (launched.arguments["u_ptr"] is not None) is keeps
+
+
+@RECOMPUTE
+def test_backward_keeps_one_tensor(recompute):
+    saved = []
+    h, w = randn(5, 33).requires_grad_(), weights(33, 70, 33)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.linear_gelu(h, *w, "gelu", recompute, "triton")
+    own = [t for t in saved if t.data_ptr() not in {x.data_ptr() for x in w}]
+    assert [t.shape for t in own] == [(5, 33) if recompute else (5, 70)]
+    assert (own[0].data_ptr() == h.data_ptr()) is recompute
+
+
+@RECOMPUTE
+def test_frozen_weights_get_no_gradient(recompute):
+    h, w = randn(5, 33).requires_grad_(), [t.requires_grad_() for t in weights(33, 70, 33)]
+    grads = torch.autograd.grad(ops.linear_gelu(h, *w, "gelu", recompute, "triton").sum(), [h, *w], allow_unused=True)
+    assert [g is None for g in grads] == [False, True, True, True, True]
+
+
+def test_gradients_of_gradients_are_refused():
+    h = randn(3, 33).requires_grad_()
+    y = ops.linear_gelu(h, *weights(33, 70, 33), "gelu", backend="triton")
+    (grad,) = torch.autograd.grad(y.sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_gelu_bwd"):
+        grad.sum().backward()
+
+
+@RECOMPUTE
+def test_repeats_bit_for_bit(recompute):
+    h, w = randn(130, 33).requires_grad_(), weights(33, 150, 33)
+    runs = []
+    for _ in range(2):
+        y = ops.linear_gelu(h, *w, "quick_gelu", recompute, "triton")
+        runs.append([y, *torch.autograd.grad(y.square().sum(), h)])
+    assert all(map(torch.equal, *runs))
+
+
+@RECOMPUTE
+def test_autocast(recompute):
+    """The products in autocast's dtype, as PyTorch's own linears make them."""
+    h, w = randn(9, 33).requires_grad_(), weights(33, 70, 33)
+    results = []
+    for backend in ("triton", "torch"):
+        with torch.autocast(DEVICE, torch.float16):
+            y = ops.linear_gelu(h, *w, "gelu", recompute, backend)
+        (dh,) = torch.autograd.grad(y.float().sum(), h)
+        results.append((y, dh))
+    assert [(y.dtype, dh.dtype) for y, dh in results] == [(torch.float16, torch.float32)] * 2
+    for got, wanted in zip(*results, strict=True):
+        assert relative_rms(got, wanted) <= 2e-3
+
+
+def test_plain_operations_recompute_too():
+    """backend="torch" keeps no hidden features with recompute, and the results are equal."""
+    h, w = randn(5, 33).requires_grad_(), weights(33, 70, 33)
+    results, shapes = [], []
+    for recompute in (False, True):
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.shape) or t, lambda t: t):
+            y = ops.linear_gelu(h, *w, "gelu", recompute)
+        shapes.append((5, 70) in seen)
+        results.append([y, *torch.autograd.grad(y.square().sum(), h)])
+    assert all(map(torch.equal, *results))
+    assert shapes == [True, False]
+
+
+def test_float64_is_refused():
+    h, w = randn(2, 33, dtype=torch.float64), weights(33, 70, 33, torch.float64)
+    with pytest.raises(
+        ValueError, match=r"no backend for linear_gelu\n.*\(2, 33\) float64 \w+\S*\n    triton: float64"
+    ):
+        ops.linear_gelu(h, *w, "gelu", backend="triton")
+    with pytest.raises(ValueError, match="float64 rows; wanted one of float32, float16, bfloat16"):
+        kernel.linear_gelu_linear(h, *w, "gelu")
+
+
+BAD = {
+    "fc_width": (0, lambda t: t[:, :-1], r"fc_weight \(70, 32\) for rows \(5, 33\); wanted \(70, 33\)"),
+    "fc_bias": (1, lambda t: t[:-1], r"fc_bias \(69,\) for rows \(5, 33\); wanted \(70,\)"),
+    "proj_width": (2, lambda t: t[:, 1:], r"proj_weight \(33, 69\) for rows \(5, 33\); wanted \(33, 70\)"),
+    "proj_bias": (3, lambda t: t[None], r"proj_bias \(1, 33\) for rows \(5, 33\); wanted \(33,\)"),
+    "dimensions": (0, lambda t: t[0], r"a weight \(33,\); wanted two dimensions"),
+    "fc_dtype": (0, torch.Tensor.half, r"fc_weight is torch.float16 on cpu; wanted the rows' torch.float32 on cpu"),
+    "proj_dtype": (2, torch.Tensor.double, r"proj_weight is torch.float64"),
+    "device": (3, lambda t: t.to("meta"), r"proj_bias is torch.float32 on meta; wanted the rows' torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("place", "change", "message"), BAD.values(), ids=BAD)
+def test_weights_that_do_not_fit(place, change, message):
+    w = weights(33, 70, 33)
+    w[place] = change(w[place])
+    with pytest.raises(ValueError, match=message.replace("cpu", DEVICE + r"\S*")):
+        kernel.linear_gelu_linear(randn(5, 33), *w, "gelu")
+
+
+def test_other_arguments_that_do_not_fit():
+    with pytest.raises(ValueError, match="kind 'relu'; wanted one of quick_gelu, gelu, gelu_tanh"):
+        kernel.linear_gelu_linear(randn(5, 33), *weights(33, 70, 33), "relu")
+    with pytest.raises(ValueError, match="kind 3; wanted one of"):
+        kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), 3)
+    with pytest.raises(ValueError, match=r"u \(4, 70\) for rows \(5, 33\); wanted \(5, 70\)"):
+        kernel.linear_dact(randn(5, 33), randn(33, 70), randn(4, 70), 0)
+
+
+def _opchecks():
+    h, w = randn(5, 33).requires_grad_(), weights(33, 40, 33)
+    fwd, bwd = torch.ops.upt_fast.linear_gelu_fwd, torch.ops.upt_fast.linear_gelu_bwd
+    dy, u, fixed = randn(5, 33), randn(5, 40), (w[0], w[1], w[2])
+    return {
+        "fwd_keep": (fwd, (h, *w, 0, True)),
+        "fwd_recompute": (fwd, (h, *w, 1, False)),
+        "fwd_strided": (fwd, (randn(33, 5).t().requires_grad_(), w[0].t().contiguous().t(), *w[1:], 2, True)),
+        "bwd_keep": (bwd, (dy, u, None, *fixed, 0)),
+        "bwd_recompute": (bwd, (randn(33).expand(5, 33), None, h.detach(), *fixed, 1)),
+    }
+
+
+@pytest.mark.parametrize("case", ["fwd_keep", "fwd_recompute", "fwd_strided", "bwd_keep", "bwd_recompute"])
+def test_opcheck(case):
+    op, inputs = _opchecks()[case]
+    torch.library.opcheck(op, inputs)
+
+
+@RECOMPUTE
+def test_compiles(recompute):
+    w = weights(33, 40, 33)
+
+    def f(h):
+        return ops.linear_gelu(2 * h, *w, "gelu", recompute, "triton").square().sum()
+
+    h = randn(2, 5, 33).requires_grad_()
+    results = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        y = g(h)
+        results.append([y, *torch.autograd.grad(y, h)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("limit", [64, 99, 163, 227])
+def test_workloads_launch_on_meta_tensors(limit, monkeypatch):
+    """On a GPU's tiles every tile that fits is launched, both kernels in every precision."""
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    names = []
+    for name, run in kernel.workloads():
+        names.append(name)
+        with record(limit * 1024) as launches:
+            assert shared_limit(torch.device("meta")) == limit * 1024
+            run()
+        for la in launches:
+            assert set(la.arguments) == set(la.kernel.arg_names), name
+            assert la.options["num_warps"] in (4, 8), name
+            assert la.arguments["EVEN_N"]
+            assert la.arguments["EVEN_K"]
+            assert la.arguments["BLOCK_N"] % la.arguments["PIECES"] == 0
+        precision = "half" if "bfloat16" in name else name.split(",")[0].split()[-1]
+        assert len(launches) == (len(kernel.tiles_that_fit(precision, limit * 1024)) if "every" in name else 1)
+    assert len(names) == len(set(names))
+    assert shared_limit(torch.device("meta")) == SMALLEST_LIMIT
+
+
+def test_every_precision_has_a_tile_everywhere():
+    for precision, tiles in TILES.items():
+        assert kernel.tiles_that_fit(precision, SMALLEST_LIMIT)
+        assert kernel.tiles_that_fit(precision, 227 * 1024) == list(tiles)
+        areas = [t.block_m * t.block_n for t in tiles]
+        assert areas == sorted(areas, reverse=True)
+
+
+def test_the_default_tile_gives_each_multiprocessor_one():
+    large, middle, small = tiles = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 3)
+    assert kernel.default_tile(tiles, 6304, 3072, 132) == large
+    assert kernel.default_tile(tiles, 1000, 2048, 128) == middle
+    assert kernel.default_tile(tiles, 300, 2048, 132) == small
+    assert kernel.default_tile(tiles, 0, 2048, 132) == small
+
+
+def test_precision_follows_pytorch(monkeypatch):
+    assert kernel.precision_of(torch.float16) == kernel.precision_of(torch.bfloat16) == "half"
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, wanted in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(setting)
+            assert kernel.precision_of(torch.float32) == wanted
+            with record() as launches:
+                kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), 0)
+                kernel.linear_act(randn(5, 33).half(), randn(70, 33).half(), randn(70).half(), 0)
+            assert [la.arguments["PRECISION"] for la in launches] == [wanted, "ieee"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# the table of measured tiles
+
+GPU = "A GPU (of 80 GB)"
+CANDIDATES = TILES["half"][:3]
+
+
+class Clock:
+    """Times by tile, and which were asked for."""
+
+    def __init__(self, *times: float):
+        self.times, self.asked = dict(zip(CANDIDATES, times, strict=True)), []
+
+    def __call__(self, tile: Tile) -> float:
+        self.asked.append(tile)
+        return self.times[tile]
+
+
+def tuned(clock, key="linear_act bfloat16 8192x3072x768"):
+    return kernel.tuned_tile(GPU, key, CANDIDATES, clock)
+
+
+def test_the_fastest_is_measured_once(cache):
+    clock = Clock(3.0, 1.0, 2.0)
+    assert tuned(clock) == tuned(clock) == CANDIDATES[1]
+    assert clock.asked == list(CANDIDATES)
+    kernel._tables.clear()  # as in another process
+    assert tuned(clock) == CANDIDATES[1]
+    assert clock.asked == list(CANDIDATES)
+    assert tuned(other := Clock(1.0, 2.0, 3.0), "another shape") == CANDIDATES[0]
+    assert other.asked == list(CANDIDATES)
+    path = kernel.table_path(GPU)
+    assert path == cache / "linear_gelu-A-GPU-of-80-GB.json"
+    assert json.loads(path.read_text()) == {
+        "gpu": GPU,
+        "triton": triton.__version__,
+        "tiles": {"linear_act bfloat16 8192x3072x768": [*CANDIDATES[1]], "another shape": [*CANDIDATES[0]]},
+    }
+
+
+def test_each_gpu_has_its_table():
+    assert kernel.tuned_tile(GPU, "key", CANDIDATES, Clock(3.0, 1.0, 2.0)) == CANDIDATES[1]
+    assert kernel.tuned_tile("B", "key", CANDIDATES, Clock(1.0, 2.0, 3.0)) == CANDIDATES[0]
+    assert kernel.table_path("B") != kernel.table_path(GPU)
+
+
+def test_where_the_table_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("UPT_FAST_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kernel.table_path("B").parent == tmp_path / ".cache" / "upt_fast"
+
+
+CORRUPT = {
+    "empty": "",
+    "cut": '{"gpu": "A", "tiles": {"k',
+    "list": "[]",
+    "no_tiles": '{"triton": "0"}',
+    "tiles_list": f'{{"triton": "{triton.__version__}", "tiles": []}}',
+    "short_tile": f'{{"triton": "{triton.__version__}", "tiles": {{"key": [128, 256]}}}}',
+    "text_tile": f'{{"triton": "{triton.__version__}", "tiles": {{"key": [128, 256, 64, 8, "4"]}}}}',
+    "no_text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("content", CORRUPT.values(), ids=CORRUPT)
+def test_a_corrupt_table_is_ignored_and_replaced(content, cache):
+    cache.mkdir()
+    path = kernel.table_path(GPU)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match=f"{path.name} is ignored, tiles are measured anew: "):
+        assert tuned(Clock(3.0, 1.0, 2.0), "key") == CANDIDATES[1]
+    kernel._tables.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned(Clock(1.0, 2.0, 3.0), "key") == CANDIDATES[1]
+
+
+@pytest.mark.parametrize(
+    ("version", "tile"),
+    [("0.0", CANDIDATES[0]), (triton.__version__, Tile(16, 16, 16, 1, 1))],
+    ids=["another_triton", "no_candidate"],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_does_not_hold_any_more_is_measured_anew(version, tile, cache):
+    cache.mkdir()
+    kernel.table_path(GPU).write_text(json.dumps({"triton": version, "tiles": {"key": tile}}))
+    assert tuned(Clock(3.0, 1.0, 2.0), "key") == CANDIDATES[1]
+    kernel._tables.clear()
+    assert tuned(Clock(1.0, 2.0, 3.0), "key") == CANDIDATES[1]
+
+
+def test_tiles_that_cannot_run():
+    inf = float("inf")
+    assert tuned(Clock(inf, inf, 2.0), "some") == CANDIDATES[2]
+    assert tuned(Clock(inf, inf, inf), "none") == CANDIDATES[0]
+    assert list(kernel.read_table(GPU)) == ["some"]
+
+
+def test_a_folder_that_cannot_be_written(cache):
+    cache.write_text("a file")
+    with pytest.warns(UserWarning, match="is not written, each process measures anew: "):
+        assert tuned(Clock(3.0, 1.0, 2.0)) == CANDIDATES[1]
+    assert tuned(Clock(1.0, 2.0, 3.0)) == CANDIDATES[1]  # this process remembers
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+from upt_fast.kernels import linear_gelu as kernel
+
+name, folder = sys.argv[1], Path(sys.argv[2])
+(folder / name).touch()
+while len(list(folder.iterdir())) < 2:
+    time.sleep(0.01)
+for n in range(20):
+    tile = kernel.TILES["half"][n % 3]
+    found = kernel.tuned_tile("B", f"{name} {n}", kernel.TILES["half"], lambda t: float(t != tile))
+    assert found == tile
+"""
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_processes_lose_nothing(tmp_path, cache):
+    """Each adds to the table what it measured, at the same time as the other."""
+    (tmp_path / "ready").mkdir()
+    command = [sys.executable, "-W", "error::UserWarning", "-c", PROCESS]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    running = [subprocess.Popen([*command, name, str(tmp_path / "ready")], env=env) for name in "ab"]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    table = kernel.read_table("B")
+    assert table == {f"{name} {n}": TILES["half"][n % 3] for name in "ab" for n in range(20)}
+    assert {path.suffix for path in Path(cache).iterdir()} == {".json", ".lock"}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="has a GPU")
+def test_nothing_is_measured_without_a_gpu(monkeypatch, cache):
+    def refuse(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(kernel, "tuned_tile", refuse)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        for interpreted in (True, False):
+            monkeypatch.setattr(kernel, "INTERPRETED", interpreted)
+            compare(randn(5, 33), weights(33, 70, 33))
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+    assert not cache.exists()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@DTYPES
+def test_measured_on_a_gpu(dtype, cache):
+    compare(randn(300, 256, dtype=dtype), weights(256, 512, 256, dtype))
+    assert not cache.exists()  # tests ask for equal bits
+    torch.use_deterministic_algorithms(False)
+    try:
+        compare(randn(300, 256, dtype=dtype), weights(256, 512, 256, dtype))
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    name = str(dtype).removeprefix("torch.")
+    table = kernel.read_table(torch.cuda.get_device_name())
+    assert table.keys() == {f"linear_act {name} 512x512x256", f"linear_dact {name} 512x512x256"}

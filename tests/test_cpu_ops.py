@@ -1,0 +1,335 @@
+"""The compiled CPU operations and the block built on them, against the twins; what happens without a compiler."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upt_fast import cpu_ops, ops
+from upt_fast.cpu_ops import FrozenWeight, pack
+from upt_fast.frozen_block import BlockWeights, MLPWeights
+from upt_fast.reference import ops as reference
+from upt_fast.testing import build, random_clip, relative_rms
+from upt_fast.workspace import Workspace
+
+KINDS = ("quick_gelu", "gelu", "gelu_tanh")
+DTYPES = [pytest.param(torch.float32, 3e-6, id="float32"), pytest.param(torch.bfloat16, 2e-2, id="bfloat16")]
+REASON = cpu_ops.refusal(torch.float32)
+compiled = pytest.mark.skipif(bool(REASON), reason=f"CPU operations: {REASON}")
+
+
+def needs(dtype: torch.dtype) -> None:
+    if reason := cpu_ops.refusal(dtype):
+        pytest.skip(reason)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def block_weights(width: int, hidden: int, heads: int, kind: str, dtype: torch.dtype, packed: bool = True):
+    def weight(n: int, k: int) -> FrozenWeight:
+        values = (torch.randn(n, k) * k**-0.5).to(dtype)
+        return FrozenWeight.pack(values) if packed else FrozenWeight(values)
+
+    def bias(n: int) -> torch.Tensor:
+        return (0.1 * torch.randn(n)).to(dtype)
+
+    mlp = MLPWeights(weight(hidden, width), bias(hidden), weight(width, hidden), bias(width), 1e-5, kind)
+    qkv_bias = F.pad(bias(width), (0, 2 * width))
+    return BlockWeights(weight(3 * width, width), qkv_bias, weight(width, width), bias(width), 1e-5, heads, mlp)
+
+
+def converted(weights, dtype: torch.dtype):
+    """The same weights in another dtype, not packed."""
+
+    def convert(value):
+        if isinstance(value, FrozenWeight):
+            return FrozenWeight(value.plain.to(dtype))
+        if isinstance(value, MLPWeights):
+            return MLPWeights(*map(convert, value))
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    return type(weights)(*map(convert, weights))
+
+
+def grads_of(f, leaves, dy):
+    y = f(*leaves)
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k", "n"), [(2, 1), (6, 64), (10, 65), (4, 130)])
+def test_pack(k, n, dtype):
+    b = rows(k, n, dtype=dtype)
+    packed = pack(b)
+    flat = packed if dtype == torch.float32 else packed.permute(0, 1, 3, 2).flatten(1, 2)
+    assert packed.is_contiguous()
+    back = flat.transpose(0, 1).flatten(1)
+    assert torch.equal(back[:, :n], b)
+    assert not back[:, n:].any()
+
+
+@compiled
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "width", "hidden"), [(1, 64, 128), (7, 96, 200), (400, 128, 66), (33, 1100, 70)])
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+def test_mlp(n, width, hidden, kind, recompute, dtype, tolerance):
+    """Rows, widths and hidden features that fill no tile; widths beyond the part of K that is taken at once."""
+    needs(dtype)
+    x, dy = rows(n, width, dtype=dtype).requires_grad_(), rows(n, width, dtype=dtype)
+    w = block_weights(width, hidden, 1, kind, dtype).mlp
+    got = grads_of(lambda x: ops.mlp(x, w.fc, w.fc_bias, w.proj, w.proj_bias, w.eps, kind, recompute), [x], dy)
+    e = converted(w, torch.float64)
+    exact = x.detach().double().requires_grad_()
+    wanted = grads_of(
+        lambda x: reference.mlp(x, e.fc.plain, e.fc_bias, e.proj.plain, e.proj_bias, e.eps, kind), [exact], dy
+    )
+    for g, t in zip(got, wanted, strict=True):
+        assert g.dtype == dtype
+        assert relative_rms(g, t) <= tolerance
+
+
+@compiled
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+@pytest.mark.parametrize(
+    ("batch", "length", "prefix", "sets", "heads", "width"),
+    [(2, 5, 3, 1, 2, 64), (3, 17, 4, 3, 1, 96), (1, 1, 0, 0, 2, 128), (5, 50, 1, 2, 3, 96), (2, 197, 4, 1, 1, 64)],
+)
+@pytest.mark.parametrize("constant", ["", "x", "prefix"])
+def test_block(batch, length, prefix, sets, heads, width, memory, dtype, tolerance, constant):
+    needs(dtype)
+    if constant == "prefix" and not prefix:
+        pytest.skip("no prefix")
+    if constant == "x" and not prefix:
+        pytest.skip("nothing needs a gradient")
+    x = rows(batch, length, width, dtype=dtype).requires_grad_(constant != "x")
+    head = width // heads
+    prefixes = [rows(sets, prefix, heads, head, dtype=dtype).requires_grad_(constant != "prefix") for _ in range(2)]
+    prefixes = prefixes if prefix else [None, None]
+    index = torch.arange(batch) % sets if sets > 1 else None
+    w = block_weights(width, 4 * width, heads, "quick_gelu", dtype)
+    dy = rows(batch, length, width, dtype=dtype)
+    got = grads_of(lambda *t: ops.block(*t, w, index, memory), [x, *prefixes], dy)
+    exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (x, *prefixes)]
+    wanted = grads_of(lambda *t: reference.block(*t, converted(w, torch.float64), index), exact, dy)
+    plain = grads_of(lambda *t: reference.block(*t, converted(w, dtype), index), [x, *prefixes], dy)
+    for g, p, t in zip(got, plain, wanted, strict=True):
+        assert relative_rms(g, t) <= max(tolerance, 1.2 * relative_rms(p, t))  # the twin's own error in bfloat16
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("prefix", "sets"), [(0, 0), (3, 1), (2, 3)])
+def test_block_in_float64(memory, kind, prefix, sets):
+    """PyTorch's operations, equal at every memory level."""
+    x = torch.randn(3, 6, 8, dtype=torch.float64, requires_grad=True)
+    prefixes = [torch.randn(sets, prefix, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    prefixes = prefixes if prefix else [None, None]
+    index = torch.tensor([2, 0, 2]) if sets > 1 else None
+    w = block_weights(8, 20, 2, kind, torch.float64, packed=False)
+    dy = torch.randn(3, 6, 8, dtype=torch.float64)
+    got, wanted = (
+        grads_of(f, [x, *prefixes], dy)
+        for f in (lambda *t: ops.block(*t, w, index, memory), lambda *t: reference.block(*t, w, index))
+    )
+    for g, t in zip(got, wanted, strict=True):
+        assert relative_rms(g, t) <= 1e-13
+
+
+def saved_numbers(memory: str) -> int:
+    x = torch.randn(4, 50, 64, dtype=torch.float64, requires_grad=True)
+    w = block_weights(64, 256, 2, "gelu", torch.float64, packed=False)
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t.numel()) or t, lambda t: t):
+        ops.block(x, None, None, w, None, memory)
+    return sum(found) / (4 * 50 * 64)
+
+
+def test_what_is_saved():
+    """10 D, 6 D and D numbers a row, and a little for the LayerNorms and the softmax."""
+    for memory, numbers in (("fast", 10), ("balanced", 6), ("lean", 1)):
+        assert numbers <= saved_numbers(memory) <= numbers + 0.15
+
+
+@compiled
+@pytest.mark.parametrize("lead", [(3,), (2, 3), (350,)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_linear_residual(lead, dtype, tolerance):
+    needs(dtype)
+    x, y = rows(*lead, 70, dtype=dtype).requires_grad_(), rows(*lead, 96, dtype=dtype).requires_grad_()
+    w, bias, dy = FrozenWeight.pack(rows(70, 96, dtype=dtype)), rows(70, dtype=dtype), rows(*lead, 70, dtype=dtype)
+    got = grads_of(lambda x, y: ops.linear_residual(x, y, w, bias), [x, y], dy)
+    exact = [t.detach().double().requires_grad_() for t in (x, y)]
+    wanted = grads_of(lambda x, y: x + y @ w.plain.double().t() + bias.double(), exact, dy)
+    for g, t in zip(got, wanted, strict=True):
+        assert relative_rms(g, t) <= tolerance
+
+
+@compiled
+def test_strided_rows_and_gradients():
+    w = block_weights(64, 96, 2, "gelu", torch.float32)
+    e = converted(w, torch.float64)
+    base = torch.randn(3, 9, 64, requires_grad=True)
+    dy = torch.randn(3, 64, 5).transpose(1, 2)
+    got = torch.autograd.grad(ops.block(base[:, 2:7], None, None, w), base, dy)[0]
+    exact = base.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(reference.block(exact[:, 2:7], None, None, e), exact, dy.double())[0]
+    assert relative_rms(got, wanted) <= 3e-6
+
+
+@compiled
+def test_equal_runs_give_equal_bits():
+    w = block_weights(128, 512, 2, "quick_gelu", torch.float32)
+    x, prefix = torch.randn(3, 50, 128, requires_grad=True), torch.randn(1, 4, 2, 64, requires_grad=True)
+    dy = torch.randn(3, 50, 128)
+    runs = [grads_of(lambda x, p: ops.block(x, p, p, w), [x, prefix], dy) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@compiled
+def test_threads():
+    """More threads than rows, and others than the tests' one."""
+    w = block_weights(64, 128, 2, "gelu", torch.float32)
+    before, found = torch.get_num_threads(), []
+    x = torch.randn(2, 3, 64)
+    try:
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            found.append(ops.block(x, None, None, w))
+    finally:
+        torch.set_num_threads(before)
+    assert all(relative_rms(y, found[0]) <= 1e-6 for y in found)
+
+
+@compiled
+def test_shapes_are_checked():
+    lib = torch.ops.upt_fast_cpu
+    x, w = torch.randn(5, 64), FrozenWeight.pack(torch.randn(96, 64))
+    out, moments = torch.empty(5, 96), torch.empty(5)
+    lib.linear_residual(x, w.forward, None, None, out)
+    for wrong in (
+        lambda: lib.linear_residual(x[:, :60].contiguous(), w.forward, None, None, out),
+        lambda: lib.linear_residual(x.double(), w.forward, None, None, out),
+        lambda: lib.linear_residual(x, w.forward, None, None, out[:4]),
+        lambda: lib.linear_residual(x, w.forward, torch.randn(3), None, out),
+        lambda: lib.linear_residual(x, w.forward, None, torch.randn(4, 96), out),
+        lambda: lib.linear_residual(x.t(), w.forward, None, None, out),
+        lambda: lib.norm_linear(x, 1e-5, w.forward, None, 0, None, [out], [0], [0], [0], moments[:4], moments),
+        lambda: lib.norm_linear(x, 1e-5, w.forward, None, 0, None, [out], [2], [9], [0], moments, moments),
+        lambda: lib.linear_times(x, w.forward, torch.randn(4, 96), out),
+        lambda: lib.linear_norm_backward(x, w.forward, out, moments[:3], moments, out, out),
+    ):
+        with pytest.raises(RuntimeError):
+            wrong()
+
+
+@compiled
+@pytest.mark.parametrize("method", ["upt", "coop", "vpt_shallow"])
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+def test_models(method, memory, monkeypatch):
+    """A whole model with and without the compiled operations, and after moves between dtypes."""
+    clip = random_clip(vision_width=128, text_width=128)
+    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 64)
+    names = ["cat", "dog", "traffic light"]
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    found = []
+    for width in (64, 10**6):
+        monkeypatch.setattr(cpu_ops, "MIN_WIDTH", width)
+        torch.manual_seed(0)
+        model = build("fast", clip, names, method, memory=memory)
+        assert bool(model.vision_tower.blocks._packed) == (width == 64)
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    assert all(relative_rms(a, b) <= 2e-5 for a, b in zip(*found, strict=True))
+    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 64)
+    twin = copy.deepcopy(model).double()
+    assert twin.vision_tower.blocks._packed == {}
+    assert twin(images).dtype == torch.float64
+    twin.float()
+    assert twin.vision_tower.blocks._packed
+    assert relative_rms(twin(images), model(images)) <= 2e-5
+
+
+def test_workspaces_are_needed_by_layer():
+    """Several layers share one workspace and its pool, forward then backward, at each level."""
+    for memory in ("fast", "balanced", "lean"):
+        layers = [block_weights(16, 24, 2, "gelu", torch.float64, packed=False) for _ in range(3)]
+        x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+        results = []
+        for space in (Workspace(3), None):
+            y = x
+            for i, w in enumerate(layers):
+                y = (
+                    reference.block(y, None, None, w)
+                    if space is None
+                    else ops.block(y, None, None, w, None, memory, space, i)
+                )
+            if space is not None:
+                space.end_forward()
+            results.append([y, *torch.autograd.grad(y.sin().sum(), x)])
+        for got, wanted in zip(*results, strict=True):
+            assert relative_rms(got, wanted) <= 1e-12
+
+
+# without the library
+
+
+def test_refusals(monkeypatch):
+    assert cpu_ops.refusal(torch.float64) == "float64 (take float32, bfloat16)"
+    assert cpu_ops.refusal(torch.float32, 128) == "width 128 (run from 256)"
+    monkeypatch.setenv("UPT_FAST_CPU_OPS", "0")
+    assert cpu_ops.refusal(torch.float32, 512) == "UPT_FAST_CPU_OPS=0"
+    monkeypatch.setenv("UPT_FAST_CPU_OPS", "1")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "no AVX-512" in cpu_ops.refusal(torch.float32, 512)
+
+
+SCRIPT = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+import torch
+torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
+from upt_fast import cpu_ops
+print("reason:", cpu_ops.refusal(torch.float32, 512))
+"""
+
+
+@pytest.mark.parametrize("how", ["no_compiler", "broken_compiler", "folder_is_a_file"])
+def test_no_compiler(how, tmp_path):
+    """One line of reason and PyTorch's operations, never a failure; nothing is left in the cache."""
+    environment = os.environ | {"UPT_FAST_CACHE": str(tmp_path / "cache"), "CXX": "no-such-compiler"}
+    if how == "broken_compiler":
+        fake = tmp_path / "broken"
+        fake.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+        fake.chmod(0o755)
+        environment["CXX"] = str(fake)
+    if how == "folder_is_a_file":
+        (tmp_path / "cache").write_text("")
+        environment["CXX"] = "c++"
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "reason: cannot be compiled: " in done.stdout
+    if how == "no_compiler":
+        assert "no C++ compiler 'no-such-compiler'" in done.stdout
+    if (tmp_path / "cache").is_dir():
+        assert list((tmp_path / "cache").iterdir()) == []
+
+
+@compiled
+def test_compiled_once(tmp_path, caplog):
+    """What the cache holds is loaded, without a compiler."""
+    assert list(cpu_ops.cache_folder().glob("cpu-*.so"))
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "reason:"
+    assert caplog.records == [] or caplog.records[0].levelno == logging.INFO
