@@ -10,6 +10,7 @@ operations compute the same, slower; ``upt-fast info`` says why. Which of the tw
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import logging
@@ -21,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,16 @@ def _compile_and_load(sources: list[str], target: Path) -> None:
         raise RuntimeError(f"no C++ compiler {compiler!r}")
     logger.info("compiling CPU operations, once, into %s (about half a minute)", target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # in a folder of its own, then moved into place: processes that start together do not wait for one another's locks
+    # one process compiles for those that start with it; the kernel drops the lock with a process that dies
+    with open(target.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_file():
+            torch.ops.load_library(str(target))
+            return
+        _compile(cpp_extension, sources, target)
+
+
+def _compile(cpp_extension: Any, sources: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder, _ninja_on_path():
         cpp_extension.load(
             "upt_fast_cpu",

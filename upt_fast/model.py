@@ -50,8 +50,8 @@ class FastPromptedCLIP(nn.Module):
         method: a name of :func:`upt_fast.list_methods`, ``FILE.py:CLASS``, or a PromptLearner class.
         tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
         config: all of the method's options at once, instead of the keywords.
-        dtype: of the frozen towers, "fp32", "bf16", "fp16", "fp64" or PyTorch's; None: clip_model's. The learner and all
-            reductions stay in float32 beside half precision.
+        dtype: of the frozen towers, "fp32", "bf16", "fp16", "fp64" or PyTorch's; None: clip_model's. The learner and
+            all reductions stay in float32 beside half precision.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
         backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
             "triton,xformers", which never fall back (upt_fast/dispatch.py).

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from upt_fast.demo import choose_lr, digits, pretrain, report
-from upt_fast.demo.methods import ALL_METHODS, DEMO_METHODS
+from upt_fast.demo.methods import ALL_METHODS, DEFAULT_METHODS, DEMO_METHODS
 from upt_fast.demo.run import run_demo, zero_shot_logits
 from upt_fast.demo.tiny_clip import (
     VOCABULARY_FILE,
@@ -215,7 +215,7 @@ def test_run_demo(tmp_path, capsys, tiny):
     rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {6}
     assert [row[1] for row in rows[2:]] == ["zero-shot CLIP", "CoOp", "VPT-deep", "UPT"]
-    assert [row[2] for row in rows[2:]] == ["0", "512", "3,072", "120,192"]
+    assert [row[2] for row in rows[2:]] == ["0", "512", "3,072", "121,216"]
     last = results["summary"][-1]
     assert (last["method"], last["shots"], last["trainings"]) == ("upt", 2, 2)
     gain = last["mean"] - results["zero_shot"]["accuracy"]
@@ -437,7 +437,7 @@ def test_learning_rates_are_chosen_on_other_digits(capsys):
 
 
 def test_the_recorded_choice_is_the_grid_s_best():
-    assert set(choose_lr.MEASURED) == set(DEMO_METHODS)
+    assert set(choose_lr.MEASURED) >= set(DEFAULT_METHODS)
     for name, accuracies in choose_lr.MEASURED.items():
         assert DEMO_METHODS[name].lr == max(accuracies, key=lambda lr: accuracies[lr])
 
