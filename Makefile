@@ -11,7 +11,7 @@ JOBS ?= 2
 
 help:
 	@echo "make setup          virtual environment in $(VENV) with the pinned packages"
-	@echo "make demo           adapt a small CLIP to handwritten digits in a new domain, in under three minutes"
+	@echo "make demo           adapt a small CLIP to handwritten digits in a new domain, in under five minutes"
 	@echo "make test           the test suite"
 	@echo "make bench          benchmarks, default selection (about ten minutes)"
 	@echo "make bench-full     all benchmarks"

@@ -21,7 +21,8 @@ from upt_fast.demo.training import DemoConfig, Training, run_trainings
 GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 SEEDS = (11, 12)
 
-# what came out, on one thread of torch 2.14; demo/methods.py has each method's best
+# what came out, on one thread of torch 2.14; demo/methods.py has each method's best. With 4 image tokens UPT has, along
+# the grid, 54.4, 52.2, 58.3, 60.1, 64.3, 60.7; between its points only UPT was measured
 MEASURED = {
     "coop": {0.0003: 55.7, 0.001: 60.6, 0.003: 59.7, 0.01: 60.1, 0.03: 58.0, 0.1: 54.6},
     "vpt_deep": {0.0003: 64.1, 0.001: 65.0, 0.003: 66.0, 0.01: 66.4, 0.03: 65.1, 0.1: 63.4},
