@@ -40,6 +40,33 @@ def _load_input(u_ptr, b_ptr, rows, cols, mask, stride_u_row, N, HAS_BIAS: tl.co
 
 
 @triton.jit
+def activate(z, KIND: tl.constexpr):
+    """The activation of float32 z; KIND is a value of KINDS."""
+    if KIND == 0:
+        y = z * tl.sigmoid(z)
+    elif KIND == 1:
+        y = 0.5 * z * (1 + tl.math.erf(0.7071067811865476 * z))
+    else:
+        y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    return y
+
+
+@triton.jit
+def activation_slope(z, KIND: tl.constexpr):
+    """The activation's derivative at float32 z."""
+    if KIND == 0:
+        s = tl.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
+    elif KIND == 1:
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        slope = 0.5 * (1 + tl.math.erf(0.7071067811865476 * z)) + z * density
+    else:
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        slope = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+    return slope
+
+
+@triton.jit
 def _gelu_fwd_kernel(
     u_ptr,  # (M, N)
     b_ptr,  # (N,) or None
@@ -56,13 +83,7 @@ def _gelu_fwd_kernel(
     cols = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (rows < M) & (cols < N)
     z = _load_input(u_ptr, b_ptr, rows, cols, mask, stride_u_row, N, HAS_BIAS)
-    if KIND == 0:
-        y = z * tl.sigmoid(z)
-    elif KIND == 1:
-        y = 0.5 * z * (1 + tl.math.erf(0.7071067811865476 * z))
-    else:
-        y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    tl.store(y_ptr + rows * N + cols, y, mask)
+    tl.store(y_ptr + rows * N + cols, activate(z, KIND), mask)
 
 
 @triton.jit
@@ -84,17 +105,8 @@ def _gelu_bwd_kernel(
     cols = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (rows < M) & (cols < N)
     z = _load_input(u_ptr, b_ptr, rows, cols, mask, stride_u_row, N, HAS_BIAS)
-    if KIND == 0:
-        s = tl.sigmoid(z)
-        slope = s * (1 + z * (1 - s))
-    elif KIND == 1:
-        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        slope = 0.5 * (1 + tl.math.erf(0.7071067811865476 * z)) + z * density
-    else:
-        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        slope = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
     dy = tl.load(dy_ptr + rows * stride_dy_row + cols, mask, other=0.0).to(tl.float32)
-    tl.store(du_ptr + rows * N + cols, dy * slope, mask)
+    tl.store(du_ptr + rows * N + cols, dy * activation_slope(z, KIND), mask)
 
 
 def gelu_fwd(u: Tensor, bias: Tensor | None, kind: int) -> Tensor:

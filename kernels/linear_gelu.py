@@ -24,7 +24,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from upt_fast.kernels._launch import DTYPES, INTERPRETED, Workload, launch, rows_of, shared_limit
-from upt_fast.kernels.gelu import KINDS
+from upt_fast.kernels.gelu import KINDS, activate, activation_slope
 
-from upt_fast.files import write_text
+from upt_fast.files import cache_folder, write_text
 
 
 class Tile(NamedTuple):
@@ -161,13 +160,7 @@ def _store_activation(
         z = product + b.to(tl.float32)
         if HAS_U:
             tl.store(u_ptr + rows * N + cols, z, mask)
-        if KIND == 0:
-            a = z * tl.sigmoid(z)
-        elif KIND == 1:
-            a = 0.5 * z * (1 + tl.math.erf(0.7071067811865476 * z))
-        else:
-            a = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        tl.store(a_ptr + rows * N + cols, a, mask)
+        tl.store(a_ptr + rows * N + cols, activate(z, KIND), mask)
 
 
 @triton.jit
@@ -196,16 +189,7 @@ def _store_slope(
     else:
         rows, cols, mask = _places(row, col, M, N, EVEN_N, BLOCK_M, BLOCK_N)
         z = tl.load(u_ptr + rows * stride_u_row + cols, mask, other=0.0).to(tl.float32)
-        if KIND == 0:
-            s = tl.sigmoid(z)
-            slope = s * (1 + z * (1 - s))
-        elif KIND == 1:
-            density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-            slope = 0.5 * (1 + tl.math.erf(0.7071067811865476 * z)) + z * density
-        else:
-            s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-            slope = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
-        tl.store(du_ptr + rows * N + cols, product * slope, mask)
+        tl.store(du_ptr + rows * N + cols, product * activation_slope(z, KIND), mask)
 
 
 @triton.jit
@@ -296,7 +280,7 @@ def default_tile(tiles: Sequence[Tile], M: int, N: int, multiprocessors: int) ->
 
 def table_path(gpu: str) -> Path:
     """Where the tiles that were measured on a GPU of this name are kept."""
-    folder = Path(os.environ.get("UPT_FAST_CACHE") or Path.home() / ".cache" / "upt_fast")
+    folder = cache_folder()
     return folder / f"linear_gelu-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
 
 
