@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +20,6 @@ def write_images(folder: Path, level: int, count: int = 3) -> None:
     for i in range(count):
         pixels = np.random.default_rng(level + i).integers(0, 60, (34, 34, 3), dtype=np.uint8) + np.uint8(level)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The CLIP is too small for more, and threads that wait for busy cores cost far more than they give."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upt_fast.files import cache_folder
+
 logger = logging.getLogger("upt_fast")
 
 MIN_WIDTH = 256  # narrower towers gain nothing
@@ -55,11 +57,6 @@ def pack(b: Tensor) -> Tensor:
     if b.dtype == torch.float32:
         return b.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
     return b.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, 2)).permute(2, 0, 3, 1).contiguous()
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept."""
-    return Path(os.environ.get("UPT_FAST_CACHE") or Path.home() / ".cache" / "upt_fast")
 
 
 def refusal(dtype: torch.dtype, width: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Files that are whole or absent, written beside their place, flushed to disk, then renamed; the cache folder."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where what was compiled or timed on this machine is kept: $UPT_FAST_CACHE, by default ~/.cache/upt_fast."""
+    return Path(os.environ.get("UPT_FAST_CACHE") or Path.home() / ".cache" / "upt_fast")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +29,6 @@ def write_images(folder: Path, label: int, count: int) -> None:
         pixels = np.random.default_rng(100 * label + i).integers(0, 90, (36, 40, 3), dtype=np.uint8)
         pixels[..., 2 - label] += 150
         Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The CLIP is too small for more, and threads that wait for busy cores cost far more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
