@@ -102,7 +102,14 @@ def test_mlp(n, width, hidden, kind, recompute, dtype, tolerance):
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
 @pytest.mark.parametrize(
     ("batch", "length", "prefix", "sets", "heads", "width"),
-    [(2, 5, 3, 1, 2, 64), (3, 17, 4, 3, 1, 96), (1, 1, 0, 0, 2, 128), (5, 50, 1, 2, 3, 96), (2, 197, 4, 1, 1, 64)],
+    [
+        (2, 5, 3, 1, 2, 64),
+        (3, 17, 4, 3, 1, 96),
+        (1, 1, 0, 0, 2, 128),
+        (5, 50, 1, 2, 3, 96),
+        (2, 197, 4, 1, 1, 64),
+        (1, 519, 4, 1, 2, 44),
+    ],
 )
 @pytest.mark.parametrize("constant", ["", "x", "prefix"])
 def test_block(batch, length, prefix, sets, heads, width, memory, dtype, tolerance, constant):
@@ -187,10 +194,28 @@ def test_strided_rows_and_gradients():
 
 
 @compiled
-def test_equal_runs_give_equal_bits():
-    w = block_weights(128, 512, 2, "quick_gelu", torch.float32)
-    x, prefix = torch.randn(3, 50, 128, requires_grad=True), torch.randn(1, 4, 2, 64, requires_grad=True)
-    dy = torch.randn(3, 50, 128)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_are_not_hidden(bad, dtype):
+    """One bad row spoils its image, forward and backward, and no other."""
+    needs(dtype)
+    w = block_weights(64, 256, 2, "quick_gelu", dtype)
+    x = rows(2, 21, 64, dtype=dtype)
+    x[0, 3, 5] = bad
+    x.requires_grad_()
+    y, dx = grads_of(lambda x: ops.block(x, None, None, w), [x], rows(2, 21, 64, dtype=dtype))
+    for t in (y, dx):
+        assert t[0].isnan().any(-1).all()
+        assert t[1].isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_runs_give_equal_bits(dtype):
+    needs(dtype)
+    w = block_weights(128, 512, 2, "quick_gelu", dtype)
+    x, prefix = (rows(*shape, dtype=dtype).requires_grad_() for shape in ((3, 50, 128), (1, 4, 2, 64)))
+    dy = rows(3, 50, 128, dtype=dtype)
     runs = [grads_of(lambda x, p: ops.block(x, p, p, w), [x, prefix], dy) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
@@ -216,6 +241,7 @@ def test_shapes_are_checked():
     x, w = torch.randn(5, 64), FrozenWeight.pack(torch.randn(96, 64))
     out, moments = torch.empty(5, 96), torch.empty(5)
     lib.linear_residual(x, w.forward, None, None, out)
+    odd = [torch.zeros(1, 5, 6, dtype=torch.bfloat16)] * 3
     for wrong in (
         lambda: lib.linear_residual(x[:, :60].contiguous(), w.forward, None, None, out),
         lambda: lib.linear_residual(x.double(), w.forward, None, None, out),
@@ -227,6 +253,7 @@ def test_shapes_are_checked():
         lambda: lib.norm_linear(x, 1e-5, w.forward, None, 0, None, [out], [2], [9], [0], moments, moments),
         lambda: lib.linear_times(x, w.forward, torch.randn(4, 96), out),
         lambda: lib.linear_norm_backward(x, w.forward, out, moments[:3], moments, out, out),
+        lambda: lib.attention(*odd, 2, odd[0], torch.empty(2, 5)),
     ):
         with pytest.raises(RuntimeError):
             wrong()
@@ -287,6 +314,7 @@ def test_workspaces_are_needed_by_layer():
 def test_refusals(monkeypatch):
     assert cpu_ops.refusal(torch.float64) == "float64 (take float32, bfloat16)"
     assert cpu_ops.refusal(torch.float32, 128) == "width 128 (run from 256)"
+    assert "even" in cpu_ops.refusal(torch.bfloat16, 260, 20) or not torch.cpu._is_avx512_bf16_supported()
     monkeypatch.setenv("UPT_FAST_CPU_OPS", "0")
     assert cpu_ops.refusal(torch.float32, 512) == "UPT_FAST_CPU_OPS=0"
     monkeypatch.setenv("UPT_FAST_CPU_OPS", "1")

@@ -35,6 +35,7 @@ logger = logging.getLogger("upt_fast")
 MIN_WIDTH = 256  # narrower towers gain nothing
 BLOCK = 64  # columns of a packed block, NB in linear.cpp
 ACTIVATIONS = {"none": 0, "quick_gelu": 1, "gelu": 2, "gelu_tanh": 3}
+BF16_FLAGS = ["-mavx512bf16"]  # where the processor has them
 FLAGS = ["-O3", "-fopenmp", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
 DEFINES = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 
@@ -59,7 +60,7 @@ def pack(b: Tensor) -> Tensor:
     return b.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, 2)).permute(2, 0, 3, 1).contiguous()
 
 
-def refusal(dtype: torch.dtype, width: int | None = None) -> str:
+def refusal(dtype: torch.dtype, width: int | None = None, num_heads: int = 1) -> str:
     """Why the operations would not run on rows of this dtype and width; empty: they would, and are loaded."""
     if os.environ.get("UPT_FAST_CPU_OPS", "") == "0":
         return "UPT_FAST_CPU_OPS=0"
@@ -67,11 +68,17 @@ def refusal(dtype: torch.dtype, width: int | None = None) -> str:
         return f"{str(dtype).removeprefix('torch.')} (take float32, bfloat16)"
     if width is not None and width < MIN_WIDTH:
         return f"width {width} (run from {MIN_WIDTH})"
+    if dtype == torch.bfloat16 and width is not None and width // num_heads % 2:
+        return f"heads of width {width // num_heads} (in bfloat16 an even one)"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "the processor, or PyTorch on it, has no AVX-512"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not _has_bfloat16():
         return "the processor has no bfloat16 instructions"
     return _load()
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @functools.cache
@@ -80,20 +87,21 @@ def _load() -> str:
     folder = Path(str(resources.files("upt_fast.kernels"))) / "cpu"
     sources = sorted(folder.glob("*.cpp"))
     code = b"".join(path.read_bytes() for path in [*sources, folder / "common.h"])
-    version = f"{torch.__version__} {platform.machine()} {FLAGS} {DEFINES}".encode()
+    flags = [*FLAGS, *BF16_FLAGS] if _has_bfloat16() else FLAGS
+    version = f"{torch.__version__} {platform.machine()} {flags} {DEFINES}".encode()
     target = cache_folder() / f"cpu-{hashlib.sha256(code + version).hexdigest()[:16]}.so"
     try:
         if target.is_file():
             torch.ops.load_library(str(target))
         else:
-            _compile_and_load([str(path) for path in sources], target)
+            _compile_and_load([str(path) for path in sources], flags, target)
     except Exception as error:  # compilers and loaders fail in many ways; PyTorch's operations do the same
         reason = str(error).strip().splitlines()
         return f"cannot be compiled: {reason[0] if reason else type(error).__name__}"
     return ""
 
 
-def _compile_and_load(sources: list[str], target: Path) -> None:
+def _compile_and_load(sources: list[str], flags: list[str], target: Path) -> None:
     from torch.utils import cpp_extension
 
     compiler = os.environ.get("CXX", "c++")
@@ -107,15 +115,15 @@ def _compile_and_load(sources: list[str], target: Path) -> None:
         if target.is_file():
             torch.ops.load_library(str(target))
             return
-        _compile(cpp_extension, sources, target)
+        _compile(cpp_extension, sources, flags, target)
 
 
-def _compile(cpp_extension: Any, sources: list[str], target: Path) -> None:
+def _compile(cpp_extension: Any, sources: list[str], flags: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder, _ninja_on_path():
         cpp_extension.load(
             "upt_fast_cpu",
             sources,
-            extra_cflags=[*FLAGS, *DEFINES],
+            extra_cflags=[*flags, *DEFINES],
             build_directory=folder,
             with_cuda=False,
             is_python_module=False,

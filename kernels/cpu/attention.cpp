@@ -4,8 +4,9 @@
 //     attention_backward   dq, dk, dv of the rows, in one (B, L, 3, H, K) buffer; dk, dv of the prompts, by image
 //
 // A task is one head of one image. Its 200 keys of 64 numbers lie in the cache whole: scores are formed at once, and
-// backward works on their transpose, so that three of its five products take their factors as they are. All of it is in
-// float32, whatever the dtype of the rows.
+// backward works on their transpose, so that three of its five products take their factors as they are. In bfloat16 the
+// products take bfloat16 and accumulate in float32; their second factors come in pairs of rows. Scores, softmax and sums
+// are in float32 in both.
 
 #include "common.h"
 
@@ -20,26 +21,71 @@ void multiply(
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
 }
 
-// rows (n, K) with a distance, as contiguous float32; float rows that are not copied are returned as they are
-template <typename T>
-void gather(const T* from, int64_t distance, int64_t n, int64_t K, float* into) {
+// b in pairs of rows, (k / 2, n, 2); k is even
+void multiply(
+    int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, float* c, bool add = false) {
+  at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, true);
+}
+
+int64_t even(int64_t n) {
+  return n + n % 2;
+}
+
+// rows (n, K) with a distance, made contiguous
+void gather(const float* from, int64_t distance, int64_t n, int64_t K, float* into) {
   for (int64_t r = 0; r < n; ++r)
     lanes(K, [&](int64_t i, int64_t m) { write(into + r * K + i, read(from + r * distance + i, m), m); });
 }
 
+// factor[r] times row r of (n, K)
 template <typename T>
-void scatter(const float* from, int64_t n, int64_t K, T* into, int64_t distance) {
-  for (int64_t r = 0; r < n; ++r)
-    lanes(K, [&](int64_t i, int64_t m) { write(into + r * distance + i, read(from + r * K + i, m), m); });
+void scatter(const float* from, int64_t n, int64_t K, T* into, int64_t distance, const float* factor = nullptr) {
+  for (int64_t r = 0; r < n; ++r) {
+    const Vec f(factor ? factor[r] : 1.0f);
+    lanes(K, [&](int64_t i, int64_t m) { write(into + r * distance + i, read(from + r * K + i, m) * f, m); });
+  }
 }
 
 void transpose(const float* from, int64_t rows, int64_t columns, float* into) {
   at::vec::transpose_mxn<float>(from, columns, into, rows, static_cast<int>(rows), static_cast<int>(columns));
 }
 
-// scores -> probabilities in place; returns the log-sum-exp
+void transpose(const BFloat16* from, int64_t distance, int64_t rows, int64_t columns, BFloat16* into, int64_t step) {
+  constexpr int64_t TILE = 32;
+  for (int64_t r = 0; r < rows; r += TILE)
+    for (int64_t c = 0; c < columns; c += TILE)
+      at::vec::transpose_mxn<BFloat16>(
+          from + r * distance + c, distance, into + c * step + r, step, static_cast<int>(std::min(TILE, rows - r)),
+          static_cast<int>(std::min(TILE, columns - c)));
+}
+
+// rows (n, K) -> (K / 2, n, 2): their transpose, in pairs of rows
+void transposed_pairs(const BFloat16* from, int64_t distance, int64_t n, int64_t K, BFloat16* into) {
+  at::vec::transpose_mxn<float>(
+      reinterpret_cast<const float*>(from), distance / 2, reinterpret_cast<float*>(into), n, static_cast<int>(n),
+      static_cast<int>(K / 2));
+}
+
+// 16 numbers of a row and of the next one, interleaved
+inline void write_pairs(BFloat16* into, __m256i row, __m256i next, int64_t n = Vec::size()) {
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16);
+  _mm512_mask_storeu_epi32(into, first_lanes(n), _mm512_or_si512(_mm512_cvtepu16_epi32(row), high));
+}
+
+// rows (n, K) in pairs, (even(n) / 2, K, 2), an odd last one beside zeros
+void pairs(const BFloat16* from, int64_t distance, int64_t n, int64_t K, BFloat16* into) {
+  for (int64_t r = 0; r < n; r += 2)
+    lanes(K, [&](int64_t i, int64_t m) {
+      const BFloat16* row = from + r * distance + i;
+      const __m256i next =
+          r + 1 < n ? _mm256_maskz_loadu_epi16(first_lanes(m), row + distance) : _mm256_setzero_si256();
+      write_pairs(into + r * K + 2 * i, _mm256_maskz_loadu_epi16(first_lanes(m), row), next, m);
+    });
+}
+
+// exp(s - max) of one row of scores; the row's log-sum-exp and 1 / sum
 template <typename T>
-float softmax(float* s, int64_t n) {
+std::pair<float, float> exponentials(const float* s, int64_t n, T* e) {
   Vec highest(-std::numeric_limits<float>::infinity());
   float top = -std::numeric_limits<float>::infinity();
   int64_t i = 0;
@@ -48,74 +94,102 @@ float softmax(float* s, int64_t n) {
   for (; i < n; ++i) top = s[i] > top || std::isnan(s[i]) ? s[i] : top;
   Vec total(0);
   lanes(n, [&](int64_t j, int64_t m) {
-    const Vec e = exponential<T>(read(s + j, m) - Vec(top));
-    write(s + j, e, m);
-    total = total + (m == Vec::size() ? e : Vec::set(Vec(0), e, m));
+    const Vec value = exponential<T>(read(s + j, m) - Vec(top));
+    write(e + j, value, m);
+    total = total + (m == Vec::size() ? value : Vec::set(Vec(0), value, m));
   });
-  const float all = sum(total), inverse = 1.0f / all;
-  lanes(n, [&](int64_t j, int64_t m) { write(s + j, read(s + j, m) * Vec(inverse), m); });
-  return top + std::log(all);
+  const float all = sum(total);
+  return {top + std::log(all), 1.0f / all};
 }
 
+// sums of a_r b_r over each of n rows
 template <typename T>
-void attention_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, const Tensor& out, const Tensor& lse) {
-  const int64_t B = k.size(0), total = k.size(1), D = k.size(2), K = D / H, L = q.numel() / (B * D);
-  const T *pq = data<T>(q), *pk = data<T>(k), *pv = data<T>(v);
-  T* po = data<T>(out);
-  float* pl = data<float>(lse);
-  const int64_t block = std::min(L, QUERIES);
+void row_products(const T* a, const T* b, int64_t distance, int64_t n, int64_t K, float* out) {
+  for (int64_t r = 0; r < n; ++r) {
+    Vec all(0);
+    lanes(K, [&](int64_t i, int64_t m) {
+      all = all + read(a + r * distance + i, m) * read(b + r * distance + i, m);  // short reads are filled with zeros
+    });
+    out[r] = sum(all);
+  }
+}
+
+void attention_of(
+    const float* q, const float* k, const float* v, int64_t B, int64_t H, int64_t L, int64_t total, int64_t K,
+    float* out, float* lse) {
+  const int64_t D = H * K, block = std::min(L, QUERIES);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    float* memory = scratch<float>(0, 3 * total * K + block * total + 2 * block * K).data();
+    float* memory = scratch<float>(0, 3 * total * K + block * total + 2 * block * K + block).data();
     float *kh = memory, *kt = kh + total * K, *vh = kt + total * K, *s = vh + total * K, *qh = s + block * total;
-    float* oh = qh + block * K;
+    float *oh = qh + block * K, *factor = oh + block * K;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / H, h = task % H;
-      gather(pk + b * total * D + h * K, D, total, K, kh);
-      gather(pv + b * total * D + h * K, D, total, K, vh);
+      gather(k + b * total * D + h * K, D, total, K, kh);
+      gather(v + b * total * D + h * K, D, total, K, vh);
       transpose(kh, total, K, kt);
       for (int64_t first = 0; first < L; first += block) {
         const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K;
-        gather(pq + at, D, rows, K, qh);
+        gather(q + at, D, rows, K, qh);
         multiply(rows, total, K, qh, K, kt, total, s, total);
-        for (int64_t r = 0; r < rows; ++r) pl[task * L + first + r] = softmax<T>(s + r * total, total);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* row = s + r * total;
+          std::tie(lse[task * L + first + r], factor[r]) = exponentials(row, total, row);
+        }
         multiply(rows, K, total, s, total, vh, K, oh, K);
-        scatter(oh, rows, K, po + at, D);
+        scatter(oh, rows, K, out + at, D, factor);
       }
     }
     at::native::cpublas::brgemm_release(false);
   });
 }
 
-template <typename T>
-void attention_backward_of(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, const Tensor& out,
-    const Tensor& lse, const Tensor& dqkv, const Tensor& dk_prefix, const Tensor& dv_prefix) {
-  const int64_t B = k.size(0), total = k.size(1), D = k.size(2), K = D / H, L = q.numel() / (B * D), P = total - L;
-  const T *pq = data<T>(q), *pk = data<T>(k), *pv = data<T>(v), *po = data<T>(out), *pd = data<T>(dout);
-  const float* pl = data<float>(lse);
-  T *rows_grad = data<T>(dqkv), *dkp = data<T>(dk_prefix), *dvp = data<T>(dv_prefix);
-  const int64_t block = std::min(L, QUERIES);
+void attention_of(
+    const BFloat16* q, const BFloat16* k, const BFloat16* v, int64_t B, int64_t H, int64_t L, int64_t total, int64_t K,
+    BFloat16* out, float* lse) {
+  const int64_t D = H * K, block = std::min(L, QUERIES), padded = even(total);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    float* memory = scratch<float>(0, 4 * total * K + 6 * block * K + 3 * block * total + block).data();
+    float* s = scratch<float>(0, block * total + block * K + block).data();
+    float *oh = s + block * total, *factor = oh + block * K;
+    BFloat16* kt = scratch<BFloat16>(1, total * K + padded * K + block * padded).data();
+    BFloat16 *vp = kt + total * K, *p = vp + padded * K;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / H, h = task % H;
+      transposed_pairs(k + b * total * D + h * K, D, total, K, kt);
+      pairs(v + b * total * D + h * K, D, total, K, vp);
+      for (int64_t first = 0; first < L; first += block) {
+        const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K;
+        multiply(rows, total, K, q + at, D, kt, s);
+        for (int64_t r = 0; r < rows; ++r) {
+          std::tie(lse[task * L + first + r], factor[r]) = exponentials(s + r * total, total, p + r * padded);
+          if (padded > total) p[r * padded + total] = 0.0f;
+        }
+        multiply(rows, K, padded, p, padded, vp, oh);
+        scatter(oh, rows, K, out + at, D, factor);
+      }
+    }
+    at::native::cpublas::brgemm_release(true);
+  });
+}
+
+void attention_backward_of(
+    const float* dout, const float* q, const float* k, const float* v, int64_t B, int64_t H, int64_t L, int64_t total,
+    int64_t K, const float* out, const float* lse, float* dqkv, float* dk_prefix, float* dv_prefix) {
+  const int64_t D = H * K, P = total - L, block = std::min(L, QUERIES);
+  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+    float* memory = scratch<float>(0, 4 * total * K + 5 * block * K + 3 * block * total + block).data();
     float *kh = memory, *vh = kh + total * K, *dk = vh + total * K, *dv = dk + total * K;
-    float *qh = dv + total * K, *qt = qh + block * K, *dh = qt + block * K, *dt = dh + block * K;
-    float *oh = dt + block * K, *dq = oh + block * K;
+    float *qh = dv + total * K, *qt = qh + block * K, *dh = qt + block * K, *dt = dh + block * K, *dq = dt + block * K;
     float *p = dq + block * K, *ds = p + block * total, *turned = ds + block * total, *delta = turned + block * total;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / H, h = task % H;
-      gather(pk + b * total * D + h * K, D, total, K, kh);
-      gather(pv + b * total * D + h * K, D, total, K, vh);
+      gather(k + b * total * D + h * K, D, total, K, kh);
+      gather(v + b * total * D + h * K, D, total, K, vh);
       for (int64_t first = 0; first < L; first += block) {
         const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K;
-        const float* logs = pl + task * L + first;
-        gather(pq + at, D, rows, K, qh);
-        gather(pd + at, D, rows, K, dh);
-        gather(po + at, D, rows, K, oh);
-        for (int64_t r = 0; r < rows; ++r) {
-          Vec all(0);
-          lanes(K, [&](int64_t i, int64_t m) { all = all + read(dh + r * K + i, m) * read(oh + r * K + i, m); });
-          delta[r] = sum(all);
-        }
+        const float* logs = lse + task * L + first;
+        gather(q + at, D, rows, K, qh);
+        gather(dout + at, D, rows, K, dh);
+        row_products(dout + at, out + at, D, rows, K, delta);
         transpose(qh, rows, K, qt);
         transpose(dh, rows, K, dt);
         multiply(total, rows, K, kh, K, qt, rows, p, rows);  // scores, (keys, queries)
@@ -123,7 +197,7 @@ void attention_backward_of(
         for (int64_t t = 0; t < total; ++t)
           lanes(rows, [&](int64_t i, int64_t m) {
             float *pt = p + t * rows + i, *dst = ds + t * rows + i;
-            const Vec probability = exponential<T>(read(pt, m) - read(logs + i, m));
+            const Vec probability = exponential<float>(read(pt, m) - read(logs + i, m));
             write(pt, probability, m);
             write(dst, probability * (read(dst, m) - read(delta + i, m)), m);
           });
@@ -131,14 +205,71 @@ void attention_backward_of(
         multiply(total, K, rows, ds, rows, qh, K, dk, K, first > 0);
         transpose(ds, total, rows, turned);
         multiply(rows, K, total, turned, total, kh, K, dq, K);
-        scatter(dq, rows, K, rows_grad + (b * L + first) * 3 * D + h * K, 3 * D);
+        scatter(dq, rows, K, dqkv + (b * L + first) * 3 * D + h * K, 3 * D);
       }
-      scatter(dk + P * K, L, K, rows_grad + b * L * 3 * D + D + h * K, 3 * D);
-      scatter(dv + P * K, L, K, rows_grad + b * L * 3 * D + 2 * D + h * K, 3 * D);
-      scatter(dk, P, K, dkp + b * P * D + h * K, D);
-      scatter(dv, P, K, dvp + b * P * D + h * K, D);
+      scatter(dk + P * K, L, K, dqkv + b * L * 3 * D + D + h * K, 3 * D);
+      scatter(dv + P * K, L, K, dqkv + b * L * 3 * D + 2 * D + h * K, 3 * D);
+      scatter(dk, P, K, dk_prefix + b * P * D + h * K, D);
+      scatter(dv, P, K, dv_prefix + b * P * D + h * K, D);
     }
     at::native::cpublas::brgemm_release(false);
+  });
+}
+
+void attention_backward_of(
+    const BFloat16* dout, const BFloat16* q, const BFloat16* k, const BFloat16* v, int64_t B, int64_t H, int64_t L,
+    int64_t total, int64_t K, const BFloat16* out, const float* lse, BFloat16* dqkv, BFloat16* dk_prefix,
+    BFloat16* dv_prefix) {
+  const int64_t D = H * K, P = total - L, block = std::min(L, QUERIES), tall = even(total), wide = even(block);
+  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+    float* s = scratch<float>(0, 2 * total * block + 2 * total * K + 2 * block * K + block).data();
+    float *ds = s + total * block, *dk = ds + total * block, *dv = dk + total * K, *dqt = dv + total * K;
+    float *dq = dqt + block * K, *delta = dq + block * K;
+    BFloat16* kt = scratch<BFloat16>(1, tall * K + 2 * block * K + 2 * wide * K + 2 * total * wide + tall * block).data();
+    BFloat16 *qt = kt + tall * K, *dt = qt + block * K, *qp = dt + block * K, *dp = qp + wide * K, *p16 = dp + wide * K;
+    BFloat16 *ds16 = p16 + total * wide, *ds_pairs = ds16 + total * wide;
+    std::fill(kt, kt + tall * K, BFloat16(0.0f));  // an odd number of keys leaves a column
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / H, h = task % H;
+      const BFloat16 *kh = k + b * total * D + h * K, *vh = v + b * total * D + h * K;
+      transpose(kh, D, total, K, kt, tall);
+      for (int64_t first = 0; first < L; first += block) {
+        const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K, across = even(rows);
+        const float* logs = lse + task * L + first;
+        transposed_pairs(q + at, D, rows, K, qt);
+        transposed_pairs(dout + at, D, rows, K, dt);
+        pairs(q + at, D, rows, K, qp);
+        pairs(dout + at, D, rows, K, dp);
+        row_products(dout + at, out + at, D, rows, K, delta);
+        multiply(total, rows, K, kh, D, qt, s);  // scores, (keys, queries)
+        multiply(total, rows, K, vh, D, dt, ds);
+        for (int64_t t = 0; t < total; t += 2) {
+          lanes(rows, [&](int64_t i, int64_t m) {
+            const Vec log = read(logs + i, m), mean = read(delta + i, m);
+            const auto row = [&](int64_t t) {
+              const Vec probability = exponential<BFloat16>(read(s + t * rows + i, m) - log);
+              _mm256_mask_storeu_epi16(p16 + t * across + i, first_lanes(m), rounded(probability));
+              const __m256i d = rounded(probability * (read(ds + t * rows + i, m) - mean));
+              _mm256_mask_storeu_epi16(ds16 + t * across + i, first_lanes(m), d);
+              return d;
+            };
+            const __m256i d = row(t);
+            write_pairs(ds_pairs + t * rows + 2 * i, d, t + 1 < total ? row(t + 1) : _mm256_setzero_si256(), m);
+          });
+        }
+        for (int64_t t = 0; across > rows && t < total; ++t) p16[t * across + rows] = ds16[t * across + rows] = 0.0f;
+        multiply(total, K, across, p16, across, dp, dv, first > 0);
+        multiply(total, K, across, ds16, across, qp, dk, first > 0);
+        multiply(K, rows, tall, kt, tall, ds_pairs, dqt);
+        transpose(dqt, K, rows, dq);
+        scatter(dq, rows, K, dqkv + (b * L + first) * 3 * D + h * K, 3 * D);
+      }
+      scatter(dk + P * K, L, K, dqkv + b * L * 3 * D + D + h * K, 3 * D);
+      scatter(dv + P * K, L, K, dqkv + b * L * 3 * D + 2 * D + h * K, 3 * D);
+      scatter(dk, P, K, dk_prefix + b * P * D + h * K, D);
+      scatter(dv, P, K, dv_prefix + b * P * D + h * K, D);
+    }
+    at::native::cpublas::brgemm_release(true);
   });
 }
 
@@ -152,13 +283,18 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, c
   TORCH_CHECK(q.numel() / k.size(2) <= k.size(0) * k.size(1), "more queries than keys");
   TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == at::kFloat, "lse must be contiguous float32");
   TORCH_CHECK(lse.numel() == q.numel() / k.size(2) * H, "lse does not fit q");
+  TORCH_CHECK(q.scalar_type() == at::kFloat || k.size(2) / H % 2 == 0, "heads of odd width in bfloat16");
 }
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, const Tensor& out, const Tensor& lse) {
   check_heads(q, k, v, H, lse);
   check(out, q, "out");
   TORCH_CHECK(out.numel() == q.numel(), "out does not fit q");
-  BY_DTYPE(attention_of, q, q, k, v, H, out, lse);
+  const int64_t B = k.size(0), total = k.size(1), K = k.size(2) / H, L = q.numel() / (B * k.size(2));
+  by_dtype(q, [&](auto type) {
+    using T = decltype(type);
+    attention_of(data<T>(q), data<T>(k), data<T>(v), B, H, L, total, K, data<T>(out), data<float>(lse));
+  });
 }
 
 void attention_backward(
@@ -175,7 +311,13 @@ void attention_backward(
   }
   check(dqkv, q, "dqkv");
   TORCH_CHECK(dqkv.numel() == 3 * q.numel(), "dqkv must be three times q");
-  BY_DTYPE(attention_backward_of, q, dout, q, k, v, H, out, lse, dqkv, dk_prefix, dv_prefix);
+  const int64_t B = k.size(0), total = k.size(1), K = k.size(2) / H, L = q.numel() / (B * k.size(2));
+  by_dtype(q, [&](auto type) {
+    using T = decltype(type);
+    attention_backward_of(
+        data<T>(dout), data<T>(q), data<T>(k), data<T>(v), B, H, L, total, K, data<T>(out), data<float>(lse),
+        data<T>(dqkv), data<T>(dk_prefix), data<T>(dv_prefix));
+  });
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ constexpr int64_t PART_K = 768;
 
 template <typename T>
 inline Vec sigmoid(const Vec& u) {
-  return Vec(1) / (Vec(1) + exponential<T>(u.neg()));
+  return reciprocal<T>(Vec(1) + exponential<T>(u.neg()));
 }
 
 // act(u) and act'(u), which share their exponentials
@@ -245,7 +245,9 @@ void norm_linear(
     const int64_t last = length[o] ? (rows - 1) / length[o] * stride[o] + first[o] + (rows - 1) % length[o] : rows - 1;
     TORCH_CHECK(rows == 0 || last < outs[o].numel() / width, "out ", o, " is too small for ", rows, " rows");
   }
-  BY_DTYPE(norm_linear_of, x, x, eps, packed, N, bias, act, slope, outs, length, stride, first, mean, rstd);
+  by_dtype(x, [&](auto type) {
+    norm_linear_of<decltype(type)>(x, eps, packed, N, bias, act, slope, outs, length, stride, first, mean, rstd);
+  });
 }
 
 void linear_residual(
@@ -258,7 +260,9 @@ void linear_residual(
   TORCH_CHECK(!bias || bias->numel() == out.size(-1), "bias of ", bias->numel(), "; wanted ", out.size(-1));
   TORCH_CHECK(out.numel() == a.size(0) * out.size(-1), "out does not fit ", a.size(0), " rows");
   TORCH_CHECK(!residual || residual->numel() == out.numel(), "residual does not fit out");
-  BY_DTYPE(linear_residual_of, a, a, packed, out.size(-1), bias, residual, out);
+  by_dtype(a, [&](auto type) {
+    linear_residual_of<decltype(type)>(a, packed, out.size(-1), bias, residual, out);
+  });
 }
 
 void linear_times(const Tensor& dy, const Tensor& packed, const Tensor& factor, const Tensor& out) {
@@ -266,7 +270,9 @@ void linear_times(const Tensor& dy, const Tensor& packed, const Tensor& factor, 
   check(factor, dy, "factor");
   check(out, dy, "out");
   TORCH_CHECK(out.numel() == dy.size(0) * out.size(-1) && factor.numel() == out.numel(), "factor and out must fit dy's rows");
-  BY_DTYPE(linear_times_of, dy, dy, packed, out.size(-1), factor, out);
+  by_dtype(dy, [&](auto type) {
+    linear_times_of<decltype(type)>(dy, packed, out.size(-1), factor, out);
+  });
 }
 
 void linear_norm_backward(
@@ -281,7 +287,9 @@ void linear_norm_backward(
       out.numel() == numbers && x.numel() == numbers && dy.numel() == numbers && mean.numel() == d.size(0) &&
           rstd.numel() == d.size(0) && mean.scalar_type() == at::kFloat && rstd.scalar_type() == at::kFloat,
       "x, dy, out, mean and rstd must fit d's rows");
-  BY_DTYPE(linear_norm_backward_of, d, d, packed, out.size(-1), x, mean, rstd, dy, out);
+  by_dtype(d, [&](auto type) {
+    linear_norm_backward_of<decltype(type)>(d, packed, out.size(-1), x, mean, rstd, dy, out);
+  });
 }
 
 }  // namespace

@@ -130,7 +130,7 @@ class FrozenBlocks(nn.Module):
         """Pack the weights for the CPU operations where those run."""
         self._packed: dict[tuple[str, int], FrozenWeight] = {}
         weight = self.qkv_weight
-        if weight.device.type != "cpu" or self.streams or cpu_ops.refusal(weight.dtype, self.width):
+        if weight.device.type != "cpu" or self.streams or cpu_ops.refusal(weight.dtype, self.width, self.num_heads):
             return
         for name in ("qkv", "out", "fc", "proj"):
             for i, plain in enumerate(getattr(self, f"{name}_weight")):
