@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upt_fast.clip.open_clip import frozen_clip
+from upt_fast.flops import StepCost, step_cost
+from upt_fast.methods import find_method
 from upt_fast.testing import bench_classnames, build, vit_b16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,9 +30,12 @@ def clip() -> nn.Module:
 
 
 @lru_cache(maxsize=4)  # each holds weights of its own
-def model(provider: str, classes: int, method: str = "upt") -> nn.Module:
+def model(provider: str, classes: int, method: str = "upt", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    return build(provider, clip(), bench_classnames(classes), method).to(DEVICE).train()
+    if provider == "fast":
+        return build("fast", clip(), bench_classnames(classes), method, dtype=dtype).train()
+    own = clip() if dtype == torch.float32 else copy.deepcopy(clip()).to(dtype)
+    return build(provider, own, bench_classnames(classes), method).train()
 
 
 @cache
@@ -52,7 +60,7 @@ def step(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Forward, loss and backward of a training step; returns the logits."""
     module.zero_grad(set_to_none=True)
     logits = module(images)
-    F.cross_entropy(logits, labels).backward()
+    F.cross_entropy(logits.float(), labels).backward()
     synchronize()
     return logits.detach()
 
@@ -65,22 +73,48 @@ def anchor(classes: int, batch: int, method: str = "upt") -> tuple[Tensor, Tenso
     return logits, gradients(module)
 
 
-@cache
-def gemm_peak() -> float:
-    """GFLOP/s of the product that dominates a ViT-B/16 step, (1576, 768) x (768, 3072), on this machine now."""
-    a, b = torch.randn(1576, 768, device=DEVICE), torch.randn(768, 3072, device=DEVICE)
-    best = 0.0
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, b)
+def best_seconds(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest of several runs, after one that warms up."""
+    run()
+    times = []
+    for _ in range(rounds):
         synchronize()
-        best = max(best, 2 * 1576 * 768 * 3072 / (time.perf_counter() - start) / 1e9)
-    return best
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def measure(benchmark, function, *, rounds: int, **info) -> None:  # type: ignore[no-untyped-def]
-    benchmark.extra_info.update(info, device=DEVICE, dtype="float32", gemm_peak_gflops=round(gemm_peak()))
+@cache
+def gemm_rates(dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """GFLOP/s of the product that dominates a ViT-B/16 step, (1576, 768) x (768, 3072), by PyTorch and by oneDNN."""
+    x, w = torch.randn(1576, 768, device=DEVICE).to(dtype), torch.randn(3072, 768, device=DEVICE).to(dtype)
+    runs: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(x, w.t())}
+    if DEVICE == "cpu" and torch.backends.mkldnn.is_available():
+        runs["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return {name: 2 * 1576 * 768 * 3072 / best_seconds(run, 20) / 1e9 for name, run in runs.items()}
+
+
+def measure(  # type: ignore[no-untyped-def]
+    benchmark, function, *, rounds: int, flops: int = 0, dtype: torch.dtype = torch.float32, **info
+) -> None:
+    """Time a function; with its FLOPs also as a share of the best plain product of the same run."""
+    peak = max(gemm_rates(dtype).values())
+    benchmark.extra_info.update(
+        info, device=DEVICE, dtype=str(dtype).removeprefix("torch."), gemm_peak_gflops=round(peak)
+    )
     benchmark.pedantic(function, rounds=rounds, iterations=1)
+    if flops:
+        rate = flops / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info.update(gflop=round(flops / 1e9, 1), share_of_gemm_peak=round(rate / peak, 3))
+
+
+@cache
+def cost(classes: int, batch: int, method: str = "upt") -> StepCost:
+    """FLOPs of a step."""
+    found = find_method(method)
+    return step_cost(frozen_clip(clip()), bench_classnames(classes), found, found.config.from_options({}), batch)
 
 
 def measure_peak_memory(  # type: ignore[no-untyped-def]

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from common import best_seconds, cost, gemm_rates, inputs, model, step
 from torch.profiler import ProfilerActivity, profile
 
 from upt_fast import cpu_ops
-from upt_fast.clip.open_clip import frozen_clip
-from upt_fast.flops import step_cost
-from upt_fast.methods import find_method
-from upt_fast.testing import bench_classnames, build, vit_b16
 
 KINDS = {
     "products with what stands around them": ("upt_fast_cpu::norm_linear", "upt_fast_cpu::linear"),
@@ -31,53 +25,28 @@ KINDS = {
 }
 
 
-def best(run: Callable[[], object], rounds: int) -> float:
-    """Seconds of the fastest of several runs."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def peaks(dtype: torch.dtype) -> dict[str, float]:
-    """GFLOP/s of (1576, 768) x (768, 3072): PyTorch's product, oneDNN's, our own with its elementwise work."""
-    x, w = torch.randn(1576, 768).to(dtype), torch.randn(3072, 768).to(dtype)
-    flops = 2 * 1576 * 768 * 3072 / 1e9
-    runs: dict[str, Callable[[], object]] = {
-        "torch.mm": lambda: torch.mm(x, w.t()),
-        "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-    }
+    """GFLOP/s of plain products, and of our own of that size with its elementwise work."""
+    rates = dict(gemm_rates(dtype))
     if not cpu_ops.refusal(dtype):
-        packed, out, slope, moments = (
-            cpu_ops.pack(w.t()),
-            x.new_empty(1576, 3072),
-            x.new_empty(1576, 3072),
-            torch.empty(1576),
-        )
-        runs["norm_linear with silu and its slope"] = lambda: torch.ops.upt_fast_cpu.norm_linear(
-            x, 1e-5, packed, None, 1, slope, [out], [0], [0], [0], moments, moments.clone()
-        )
-    return {name: round(flops / best(run, 20), 1) for name, run in runs.items()}
+        x, packed = torch.randn(1576, 768).to(dtype), cpu_ops.pack(torch.randn(768, 3072).to(dtype))
+        out, slope = x.new_empty(1576, 3072), x.new_empty(1576, 3072)
+        mean, rstd = torch.empty(1576), torch.empty(1576)
+
+        def run() -> None:
+            torch.ops.upt_fast_cpu.norm_linear(x, 1e-5, packed, None, 1, slope, [out], [0], [0], [0], mean, rstd)
+
+        rates["norm_linear with silu and its slope"] = 2 * 1576 * 768 * 3072 / best_seconds(run, 20) / 1e9
+    return rates
 
 
 def main(classes: int, batch: int, dtype: torch.dtype, method: str) -> dict[str, object]:
-    clip, names = vit_b16(), bench_classnames(classes)
-    torch.manual_seed(0)
-    model = build("fast", clip, names, method, dtype=dtype).train()
-    images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images).float(), labels).backward()
-
-    seconds = best(step, 4)
-    known = find_method(method)
-    flops = step_cost(frozen_clip(clip), names, known, known.config.from_options({}), batch).engine
+    module = model("fast", classes, method, dtype)
+    images, labels = inputs(classes, batch)
+    seconds = best_seconds(lambda: step(module, images, labels), 4)
+    flops = cost(classes, batch, method).engine
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        step()
+        step(module, images, labels)
     spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     total, shares = sum(spent.values()), dict.fromkeys((*KINDS, "the rest"), 0.0)
     for key, value in spent.items():
@@ -89,11 +58,11 @@ def main(classes: int, batch: int, dtype: torch.dtype, method: str) -> dict[str,
         "step": f"{method}, ViT-B/16, {classes} classes, batch {batch}, {str(dtype).removeprefix('torch.')}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "peak_gflops": peak,
+        "peak_gflops": {name: round(gflops, 1) for name, gflops in peak.items()},
         "step_seconds": round(seconds, 3),
         "step_gflop": round(flops.total / 1e9, 1),
         "step_gflops": round(rate, 1),
-        "share_of_best_plain_product": round(rate / max(peak["torch.mm"], peak["oneDNN"]), 3),
+        "share_of_best_plain_product": round(rate / max(gemm_rates(dtype).values()), 3),
         "percent_of_time": {name: round(share, 1) for name, share in shares.items()},
     }
 

@@ -66,6 +66,8 @@ class StepCost:
         depth_text: text layers with prompts of their own.
         depth_vision: image layers with prompts of their own.
         engine: the step by this package.
+        engine_text: the text tower's part of it.
+        engine_vision: the image tower's part of it.
         plain: the step by upt_fast.reference.
     """
 
@@ -73,6 +75,8 @@ class StepCost:
     depth_text: int
     depth_vision: int
     engine: Flops
+    engine_text: Flops
+    engine_vision: Flops
     plain: Flops
 
 
@@ -105,17 +109,19 @@ def step_cost(
     text = _TextCost(clip, classnames, learner, prompts, tokenizer)
     vision = _VisionCost(clip, learner, prompts, batch_size)
     logits = _logits(clip, len(classnames), batch_size, learner, prompts)
-    engine, plain = text.on_engine(), text.plain()
+    engine_text, plain = text.on_engine(), text.plain()
     if learner.by_image:
-        engine, plain = engine * batch_size, plain * batch_size
+        engine_text, plain = engine_text * batch_size, plain * batch_size
         if text.images_at_once(text_batch) < batch_size:  # run again in backward, group by group
-            engine += Flops(0, engine.forward)
-    rest = logits + own
+            engine_text += Flops(0, engine_text.forward)
+    engine_vision, rest = vision.on_engine(), logits + own
     return StepCost(
         parameters=sum(p.numel() for p in learner.parameters()),
         depth_text=depth_text,
         depth_vision=depth_vision,
-        engine=engine + vision.on_engine() + rest,
+        engine=engine_text + engine_vision + rest,
+        engine_text=engine_text,
+        engine_vision=engine_vision,
         plain=plain + vision.plain() + rest,
     )
 
