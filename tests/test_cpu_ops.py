@@ -182,6 +182,31 @@ def test_linear_residual(lead, dtype, tolerance):
 
 
 @compiled
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("lead", "parts"), [((3,), 3), ((2, 3), 2), ((301,), 1)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_norm_linear(lead, parts, with_bias, dtype, tolerance):
+    """Parts that fill no block of columns, and a part that the loss does not read."""
+    needs(dtype)
+    x, dy = rows(*lead, 96, dtype=dtype).requires_grad_(), rows(*lead, 70, dtype=dtype)
+    w, bias = FrozenWeight.pack(rows(70 * parts, 96, dtype=dtype)), rows(70 * parts, dtype=dtype) if with_bias else None
+
+    def run(f, x, w, bias, dy):
+        outs = f(x, w, bias, 1e-5, parts)
+        return [*outs, *torch.autograd.grad(outs[0], x, dy)]
+
+    got = run(ops.norm_linear, x, w, bias, dy)
+    exact = x.detach().double().requires_grad_()
+    w64, bias64 = FrozenWeight(w.plain.double()), None if bias is None else bias.double()
+    wanted = run(reference.norm_linear, exact, w64, bias64, dy.double())
+    for g, t in zip(got, wanted, strict=True):
+        assert g.dtype == dtype
+        assert relative_rms(g, t) <= tolerance
+    plain = run(ops.norm_linear, exact, w64, bias64, dy.double())  # without packed weights
+    assert all(relative_rms(g, t) <= 1e-13 for g, t in zip(plain, wanted, strict=True))
+
+
+@compiled
 def test_strided_rows_and_gradients():
     w = block_weights(64, 96, 2, "gelu", torch.float32)
     e = converted(w, torch.float64)

@@ -39,6 +39,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "buffer_attention": ("xformers", "torch"),
     "contrastive_loss": ("triton", "torch"),
     "linear": ("torch",),
+    "norm_linear": ("torch",),
     "linear_residual": ("torch",),
     "mlp": ("torch",),
     "block": ("torch",),

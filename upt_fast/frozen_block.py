@@ -274,6 +274,30 @@ def _attention_backward(
     return dx, dk_prefix, dv_prefix
 
 
+class NormLinear(torch.autograd.Function):
+    """norm(x) W^T + b of rows (..., D) in parts of equal width, with packed weights."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, parts):  # type: ignore[no-untyped-def]
+        rows = _rows(x)
+        outs = [rows.new_empty(*x.shape[:-1], len(weight.plain) // parts) for _ in range(parts)]
+        mean, rstd = _moments(Workspace(1), "", 0, rows)
+        places = [[0] * parts] * 3
+        torch.ops.upt_fast_cpu.norm_linear(rows, eps, weight.forward, bias, 0, None, outs, *places, mean, rstd)
+        ctx.save_for_backward(rows, mean, rstd)
+        ctx.weight, ctx.shape = weight, x.shape
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *douts):  # type: ignore[no-untyped-def]
+        rows, mean, rstd = ctx.saved_tensors
+        d = torch.cat([_rows(dout) for dout in douts], dim=1)
+        dx = torch.empty_like(rows)
+        torch.ops.upt_fast_cpu.linear_norm_backward(d, ctx.weight.backward, rows, mean, rstd, None, dx)
+        return dx.view(ctx.shape), None, None, None, None
+
+
 class LinearResidual(torch.autograd.Function):
     """See upt_fast.ops.linear_residual; with packed weights."""
 

@@ -182,6 +182,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functions.Linear.apply(x, weight, bias, None)
 
 
+def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
+    """norm(x) W^T + b for a frozen linear whose result falls into parts.
+
+    Args:
+        x: (..., D) rows; normalised as by :func:`layer_norm`.
+        weight: (M, D).
+        bias: (M,) or None.
+        eps: of the LayerNorm.
+        parts: n, of equal width.
+    Returns:
+        n of (..., M / n).
+    """
+    if weight.forward is None or functions.op_by_op(x) or x.numel() == 0:
+        return linear(layer_norm(x, eps), weight.plain, bias).chunk(parts, dim=-1)
+    return frozen_block.NormLinear.apply(x, weight, bias, eps, parts)
+
+
 def linear_gelu(
     h: Tensor,
     fc_weight: Tensor,

@@ -4,7 +4,7 @@
 //     norm_linear            out = act(norm(x) W + b), and act' of the same where it is wanted
 //     linear_residual        out = residual + a W + b
 //     linear_times           out = (dy W) factor, which is act'
-//     linear_norm_backward   out = dy + the gradient of x, given d W as that of norm(x)
+//     linear_norm_backward   out = dy + the gradient of x, given d W as that of norm(x); dy may be absent
 //
 // The micro-kernel is oneDNN's batch-reduce GEMM, which PyTorch exports. Weights come packed (cpu_ops.py):
 // (N / NB, K, NB) in float32, (N / NB, K / 2, NB, 2) in bfloat16, N padded with zeros. Accumulation, LayerNorm and
@@ -185,9 +185,9 @@ void linear_times_of(const Tensor& dy, const Tensor& packed, int64_t N, const Te
 template <typename T>
 void linear_norm_backward_of(
     const Tensor& d, const Tensor& packed, int64_t N, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-    const Tensor& dy, const Tensor& out) {
+    const std::optional<Tensor>& dy, const Tensor& out) {
   const int64_t M = d.size(0), K = d.size(1);
-  const T *pd = data<T>(d), *px = data<T>(x), *py = data<T>(dy);
+  const T *pd = data<T>(d), *px = data<T>(x), *py = dy ? data<T>(*dy) : nullptr;
   const float *pm = data<float>(mean), *pr = data<float>(rstd);
   T* po = data<T>(out);
   const float scale = 1.0f / static_cast<float>(N);
@@ -195,7 +195,7 @@ void linear_norm_backward_of(
   auto finish = [&](int64_t row, int64_t rows, int64_t, int64_t, const float* c, int64_t distance) {
     for (int64_t r = 0; r < rows; ++r) {
       const float* g = c + r * distance;
-      const T *xr = px + (row + r) * N, *yr = py + (row + r) * N;
+      const T *xr = px + (row + r) * N, *yr = py ? py + (row + r) * N : nullptr;
       T* to = po + (row + r) * N;
       const Vec m(pm[row + r]), s(pr[row + r]);
       Vec total(0), product(0);
@@ -208,7 +208,8 @@ void linear_norm_backward_of(
       const Vec a(sum(total) * scale), b(sum(product) * scale);
       lanes(N, [&](int64_t i, int64_t n) {
         const Vec h = (read(xr + i, n) - m) * s;
-        write(to + i, read(yr + i, n) + s * (read(g + i, n) - a - h * b), n);
+        const Vec dx = s * (read(g + i, n) - a - h * b);
+        write(to + i, yr ? read(yr + i, n) + dx : dx, n);
       });
     }
   };
@@ -276,15 +277,15 @@ void linear_times(const Tensor& dy, const Tensor& packed, const Tensor& factor, 
 }
 
 void linear_norm_backward(
-    const Tensor& d, const Tensor& packed, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& dy,
-    const Tensor& out) {
+    const Tensor& d, const Tensor& packed, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const std::optional<Tensor>& dy, const Tensor& out) {
   check_packed(packed, d, out.size(-1));
   check(x, d, "x");
-  check(dy, d, "dy");
+  if (dy) check(*dy, d, "dy");
   check(out, d, "out");
   const int64_t numbers = d.size(0) * out.size(-1);
   TORCH_CHECK(
-      out.numel() == numbers && x.numel() == numbers && dy.numel() == numbers && mean.numel() == d.size(0) &&
+      out.numel() == numbers && x.numel() == numbers && (!dy || dy->numel() == numbers) && mean.numel() == d.size(0) &&
           rstd.numel() == d.size(0) && mean.scalar_type() == at::kFloat && rstd.scalar_type() == at::kFloat,
       "x, dy, out, mean and rstd must fit d's rows");
   by_dtype(d, [&](auto type) {
@@ -304,7 +305,7 @@ TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
       &linear_residual);
   m.def("linear_times(Tensor dy, Tensor packed, Tensor factor, Tensor(a!) out) -> ()", &linear_times);
   m.def(
-      "linear_norm_backward(Tensor d, Tensor packed, Tensor x, Tensor mean, Tensor rstd, Tensor dy, Tensor(a!) out) "
+      "linear_norm_backward(Tensor d, Tensor packed, Tensor x, Tensor mean, Tensor rstd, Tensor? dy, Tensor(a!) out) "
       "-> ()",
       &linear_norm_backward);
 }

@@ -128,6 +128,12 @@ def buffer_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pref
     return torch.cat(outputs)
 
 
+def norm_linear(x: Tensor, weight: Any, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
+    """norm(x) W^T + b, cut into parts."""
+    y = layer_norm(x, eps) @ weight.plain.t()
+    return (y if bias is None else y + bias).chunk(parts, dim=-1)
+
+
 def qkv(
     h: Tensor, weight: Tensor, q_bias: Tensor, num_heads: int, h_q: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

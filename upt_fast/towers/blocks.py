@@ -97,9 +97,18 @@ class FrozenBlocks(nn.Module):
         Returns:
             three of (..., H, K).
         """
-        h = ops.layer_norm(x, self.eps_1[i])
-        h_q = None if query_rows is None else ops.layer_norm(query_rows, self.eps_1[i])
-        return ops.qkv(h, self.qkv_weight[i], self.qkv_bias[i, : self.width], self.num_heads, h_q)
+        eps, weight, q_bias = self.eps_1[i], self.qkv_weight[i], self.qkv_bias[i, : self.width]
+        h_q = None if query_rows is None else ops.layer_norm(query_rows, eps)
+        packed = self._packed.get(("qkv" if h_q is None else "kv", i))
+        if packed is None:
+            return ops.qkv(ops.layer_norm(x, eps), weight, q_bias, self.num_heads, h_q)
+        if h_q is None:
+            q, k, v = ops.norm_linear(x, packed, self.qkv_bias[i], eps, parts=3)
+        else:
+            q = ops.linear(h_q, weight[: self.width], q_bias)
+            k, v = ops.norm_linear(x, packed, None, eps, parts=2)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        return q, k, v
 
     def layer(
         self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: Workspace | None
@@ -134,7 +143,10 @@ class FrozenBlocks(nn.Module):
             return
         for name in ("qkv", "out", "fc", "proj"):
             for i, plain in enumerate(getattr(self, f"{name}_weight")):
-                self._packed[name, i] = FrozenWeight.pack(plain)
+                if name == "qkv" and i == self.num_layers - 1:  # its queries are those of few rows
+                    self._packed["kv", i] = FrozenWeight.pack(plain[self.width :])
+                else:
+                    self._packed[name, i] = FrozenWeight.pack(plain)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:
         super()._apply(fn, recurse)
