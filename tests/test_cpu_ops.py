@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from upt_fast import cpu_ops, ops
 from upt_fast.cpu_ops import FrozenWeight, pack
 from upt_fast.frozen_block import BlockWeights, MLPWeights
+from upt_fast.layout import PackedLayout
 from upt_fast.reference import ops as reference
 from upt_fast.testing import build, random_clip, relative_rms
 from upt_fast.workspace import Workspace
@@ -179,6 +180,77 @@ def test_linear_residual(lead, dtype, tolerance):
     wanted = grads_of(lambda x, y: x + y @ w.plain.double().t() + bias.double(), exact, dy)
     for g, t in zip(got, wanted, strict=True):
         assert relative_rms(g, t) <= tolerance
+
+
+LAYOUTS = {
+    "one_row": (((1, 1),),),
+    "runs": (((2, 1), (1, 3), (4, 5)),),
+    "sets": (((2, 2),), ((1, 1), (1, 4)), ((3, 3),)),
+    "groups": (((90, 2), (70, 7)), ((3, 40),)),  # more rows than one task takes
+}
+
+
+def packed_inputs(layout, last_only, prefix, heads, head, dtype):
+    queries = layout.num_classes if last_only else layout.num_rows
+    shapes = [(queries,), (layout.num_rows,), (layout.num_rows,), *[(len(layout.sets), prefix)] * 2]
+    return [rows(*shape, heads, head, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@compiled
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("last_only", [False, True], ids=["all_rows", "last_rows"])
+@pytest.mark.parametrize(("prefix", "heads", "head"), [(0, 1, 16), (1, 3, 5), (17, 2, 64)])
+@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
+def test_packed_attention(runs, prefix, heads, head, last_only, dtype, tolerance, monkeypatch):
+    needs(dtype)
+    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 0)
+    if dtype == torch.bfloat16 and head % 2:
+        head += 1  # odd ones are left to PyTorch
+    layout = PackedLayout(runs)
+    inputs = packed_inputs(layout, last_only, prefix, heads, head, dtype)
+    dy = rows(*inputs[0].shape, dtype=dtype)
+
+    def run(f, *tensors):
+        y = f(*tensors, layout)
+        assert f is not ops.packed_attention or type(y.grad_fn).__name__ == "PackedAttentionBackward"
+        return [y.detach(), *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
+
+    got = run(ops.packed_attention, *inputs)
+    wanted = run(reference.packed_attention, *(t.detach().double().requires_grad_() for t in inputs))
+    for g, t in zip(got, wanted, strict=True):
+        assert g.dtype == dtype
+        assert relative_rms(g, t) <= tolerance
+    # strided rows, rows without a gradient, any number of threads
+    q, k, v, prefix_k, prefix_v = inputs
+    strided = torch.stack([k, v], dim=1).detach()
+    again = ops.packed_attention(q.detach(), strided[:, 0], strided[:, 1], prefix_k, prefix_v, layout)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        grads = torch.autograd.grad(again, [prefix_k, prefix_v], dy)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip([again, *grads], [got[0], *got[4:]], strict=True))
+
+
+@compiled
+def test_packed_attention_checks_its_rows():
+    lib, (first, sets) = torch.ops.upt_fast_cpu.packed_attention, PackedLayout((((2, 3),), ((1, 1),))).bounds
+    assert (first.tolist(), sets.tolist()) == ([0, 3, 6, 7], [0, 2, 3])
+    q, k, v, prefix_k, prefix_v = (torch.zeros(*n, 2, 8) for n in ((7,), (7,), (7,), (2, 3), (2, 3)))
+    out = torch.zeros_like(q)
+    lib(q, k, v, prefix_k, prefix_v, first, sets, False, out)
+    for wrong in (
+        lambda: lib(q[:6], k, v, prefix_k, prefix_v, first, sets, False, out),
+        lambda: lib(q, k, v, prefix_k, prefix_v, first, sets, True, out),
+        lambda: lib(q, k, v, prefix_k[:1], prefix_v[:1], first, sets, False, out),
+        lambda: lib(q, k, v, prefix_k, prefix_v, first + 1, sets, False, out),
+        lambda: lib(q, k, v, prefix_k, prefix_v, torch.tensor([0, 6, 3, 7]), sets, False, out),
+        lambda: lib(q, k, v, prefix_k, prefix_v, first, torch.tensor([0, 5, 3]), False, out),
+        lambda: lib(q, k.double(), v, prefix_k, prefix_v, first, sets, False, out),
+    ):
+        with pytest.raises(RuntimeError):
+            wrong()
 
 
 @compiled

@@ -319,6 +319,30 @@ class LinearResidual(torch.autograd.Function):
         return dout if ctx.needs_input_grad[0] else None, dy, None, None
 
 
+class PackedAttention(torch.autograd.Function):
+    """See upt_fast.ops.packed_attention; the compiled operation, which keeps no probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, layout):  # type: ignore[no-untyped-def]
+        tensors = [t.contiguous() for t in (q, k, v, prefix_k, prefix_v)]
+        ctx.save_for_backward(*tensors)
+        ctx.rest = *layout.bounds, q.shape[0] != k.shape[0]
+        out = torch.empty_like(tensors[0])
+        torch.ops.upt_fast_cpu.packed_attention(*tensors, *ctx.rest, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        tensors = ctx.saved_tensors
+        grads = [
+            torch.empty_like(t) if need else None for t, need in zip(tensors[:3], ctx.needs_input_grad, strict=False)
+        ]
+        prefix_grads = [torch.empty_like(t) for t in tensors[3:]]
+        torch.ops.upt_fast_cpu.packed_attention_backward(dout.contiguous(), *tensors, *ctx.rest, *grads, *prefix_grads)
+        return *grads, *prefix_grads, None
+
+
 class MLP(torch.autograd.Function):
     """See upt_fast.ops.mlp."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,15 @@ class PackedLayout:
     @property
     def num_rows(self) -> int:
         return sum(count * length for runs in self.sets for count, length in runs)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(C + 1,) each class's first row, (S + 1,) each set's first class, and the ends; int64 on the CPU."""
+        lengths = [length for runs in self.sets for count, length in runs for _ in range(count)]
+        classes = [sum(count for count, _ in runs) for runs in self.sets]
+        first_rows, first_classes = (list(itertools.accumulate(n, initial=0)) for n in (lengths, classes))
+        with torch.inference_mode(False):  # kept for passes with and without autograd
+            return torch.tensor(first_rows), torch.tensor(first_classes)
 
 
 class BufferPlaces(NamedTuple):

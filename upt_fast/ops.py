@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import dispatch, frozen_block, functions, memory_efficient
+from upt_fast import cpu_ops, dispatch, frozen_block, functions, memory_efficient
 from upt_fast.cpu_ops import FrozenWeight
 from upt_fast.frozen_block import BlockWeights, MLPWeights
 from upt_fast.layout import BufferPlaces, PackedLayout
@@ -410,6 +410,8 @@ def packed_attention(
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
+    if _compiled_attention(q, k, v, prefix_k, prefix_v):
+        return frozen_block.PackedAttention.apply(q, k, v, prefix_k, prefix_v, layout)
     last_only = q.shape[0] != k.shape[0]
     dtype = q.dtype
     if any(t.dtype.itemsize < 4 for t in (q, k, v, prefix_k, prefix_v)):
@@ -429,6 +431,13 @@ def packed_attention(
         outputs.append(functions.PackedAttention.apply(own_q, own_k, own_v, *prefixes, runs, last_only).flatten(0, 1))
         query, row, first = query + sets * queries, row + sets * rows, first + sets
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+
+
+def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
+    """Whether kernels/cpu computes attention of rows q (N, H, K), all in its dtype."""
+    if q.device.type != "cpu" or functions.op_by_op(q) or any(t.dtype != q.dtype for t in others):
+        return False
+    return not cpu_ops.refusal(q.dtype, q.shape[-2] * q.shape[-1])
 
 
 def contrastive_loss(

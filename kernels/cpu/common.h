@@ -73,7 +73,7 @@ inline Vec reciprocal(const Vec& u) {
 }
 
 inline float sum(const Vec& v) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
+  return _mm512_reduce_add_ps(v);
 }
 
 template <typename T>
