@@ -15,7 +15,7 @@ def collect() -> dict[str, Any]:
     """Everything the command shows, as plain values."""
     import torch
 
-    from upt_fast import cpu_ops, dispatch
+    from upt_fast import cpu_ops, dispatch, fp8
     from upt_fast.version import __version__
 
     devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
@@ -42,6 +42,7 @@ def collect() -> dict[str, Any]:
         "problem": problem,
         "ops": ops,
         "cpu_ops": {str(d).removeprefix("torch."): cpu_ops.refusal(d) for d in (torch.float32, torch.bfloat16)},
+        "fp8": {name: fp8.refusal(torch.device(name)) for name in (line.split(": ")[0] for line in devices)},
     }
 
 
@@ -71,4 +72,7 @@ def main_info(as_json: bool = False) -> int:
             print(f"    not {backend}: {'; '.join(reasons)}")
     for dtype, reason in found["cpu_ops"].items():
         print(f"compiled CPU operations, {dtype}: {reason or 'used by wide towers'}")
+    for device, reason in found["fp8"].items():
+        runs = "runs where it is asked for" + (", slower than bfloat16" if device == "cpu" else "")
+        print(f"dtype fp8, {device}: {reason or runs}")
     return 1 if found["problem"] else 0

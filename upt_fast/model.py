@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import dispatch, ops
+from upt_fast import dispatch, fp8, ops
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip
@@ -31,7 +31,13 @@ FORMAT_VERSION = 1
 DESCRIPTION_KEYS = ("method", "config", "classnames", "clip_name", "clip_pretrained", "preprocess_cfg")
 # what the texts of one group of images may need at once, where they depend on the image
 TEXT_BYTES = 512 << 20
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": fp8.DTYPE,
+}
 T = TypeVar("T")
 Self = TypeVar("Self", bound="FastPromptedCLIP")
 
@@ -51,7 +57,8 @@ class FastPromptedCLIP(nn.Module):
         tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
         config: all of the method's options at once, instead of the keywords.
         dtype: of the frozen towers, "fp32", "bf16", "fp16", "fp64" or PyTorch's; None: clip_model's. The learner and
-            all reductions stay in float32 beside half precision.
+            all reductions stay in float32 beside half precision. "fp8": as "bf16", but the products of the blocks with
+            their frozen weights take both factors in float8_e4m3fn (upt_fast/fp8.py); not exact, about 4 % off in each.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
         backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
             "triton,xformers", which never fall back (upt_fast/dispatch.py).
@@ -89,14 +96,18 @@ class FastPromptedCLIP(nn.Module):
         self.method, self.config = found.name, make_config(found, config, options)
         clip = frozen_clip(clip_model)
         dtype = clip.dtype if dtype is None else _dtype(dtype)
+        self.quantized = dtype == fp8.DTYPE
+        if self.quantized:
+            fp8.require(clip.device)
+            dtype = fp8.ROWS
         self.backend = dispatch.resolve(backend)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context = clip.text.context
         self.prompt_learner = found.load()(self.config, _setting(clip, clean_classnames(classnames), tokenizer))
         if hasattr(self.prompt_learner, "backend"):
             object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
-        self.text_tower = TextTower(clip.text, dtype, memory, self.backend)
-        self.vision_tower = VisionTower(clip.vision, dtype, memory, self.backend)
+        self.text_tower = TextTower(clip.text, dtype, memory, self.backend, self.quantized)
+        self.vision_tower = VisionTower(clip.vision, dtype, memory, self.backend, self.quantized)
         # scalars stay in single precision beside half-precision towers, as the learner does
         scalars = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
@@ -156,6 +167,8 @@ class FastPromptedCLIP(nn.Module):
         self._fixed_features: Tensor | None = None  # of texts without prompts
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        if self.quantized:  # before anything has changed
+            fp8.check_apply(fn, self.logit_scale.device)
         self._forget_features()
         return super()._apply(fn, recurse)
 
@@ -331,14 +344,15 @@ class FastPromptedCLIP(nn.Module):
             name: "ViT-B-16", "hf-hub:org/repo", "local-dir:folder" or "tiny-digits".
             pretrained: open_clip's tag ("openai") or a checkpoint's path.
             classnames: C class names.
-            precision: "fp32", "fp16" or "bf16" weights of the frozen CLIP.
+            precision: "fp32", "fp16" or "bf16" weights of the frozen CLIP; "fp8": fp32 weights, and dtype="fp8".
             device: where the model goes.
             cache_dir: folder for downloads.
             options: see the class.
         Raises:
             ValueError: unknown model or tag, weights that cannot be had, bad option or class name.
         """
-        return cls.from_loaded(load_clip(name, pretrained, precision, device, cache_dir), classnames, **options)
+        clip, options = _load(name, pretrained, precision, device, cache_dir, options)
+        return cls.from_loaded(clip, classnames, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write directory/prompt_learner.safetensors, whole or not at all: the learner, its options, the class names.
@@ -383,7 +397,7 @@ class FastPromptedCLIP(nn.Module):
             tokenizer: the tokenizer of clip_model.
             classnames: other classes than the saved ones.
             method: the method, where the file's is none of :func:`upt_fast.list_methods`: a file never imports code.
-            precision: of the frozen CLIP, where it is loaded by name.
+            precision: of the frozen CLIP, where it is loaded by name; see :meth:`from_pretrained`.
             device: where the model goes.
             cache_dir: folder for downloads.
             options: dtype, memory, backend.
@@ -405,7 +419,8 @@ class FastPromptedCLIP(nn.Module):
         if clip_model is None:
             if description["clip_name"] is None:
                 raise ValueError(f"{path} does not say which CLIP it was trained on: pass clip_model and tokenizer")
-            clip = load_clip(description["clip_name"], description["clip_pretrained"], precision, device, cache_dir)
+            name, pretrained = description["clip_name"], description["clip_pretrained"]
+            clip, options = _load(name, pretrained, precision, device, cache_dir, options)
             model = cls.from_loaded(clip, names, **options)
         else:
             model = cls(clip_model, names, tokenizer=tokenizer, **options).to(device)
@@ -426,6 +441,15 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
         raise ValueError(f"dtype={dtype!r}; wanted {', '.join(map(repr, DTYPES))} or PyTorch's dtype of the same")
     assert found is not None
     return found
+
+
+def _load(
+    name: str, pretrained: str | None, precision: str, device: str, cache_dir: str | None, options: dict[str, Any]
+) -> tuple[LoadedCLIP, dict[str, Any]]:
+    """A CLIP by name, and the options of a model on it: for fp8 it is loaded in fp32, from which towers quantise."""
+    if precision == "fp8":
+        precision, options = "fp32", {"dtype": "fp8"} | options
+    return load_clip(name, pretrained, precision, device, cache_dir), options
 
 
 def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:

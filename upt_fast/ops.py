@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import cpu_ops, dispatch, frozen_block, functions, memory_efficient
+from upt_fast import cpu_ops, dispatch, fp8, frozen_block, functions, memory_efficient
 from upt_fast.cpu_ops import FrozenWeight
+from upt_fast.fp8 import Fp8Weight
 from upt_fast.frozen_block import BlockWeights, MLPWeights
 from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.workspace import Workspace
@@ -169,14 +170,16 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: str = 
     return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for a frozen linear.
 
     Args:
         x: (..., D).
-        weight: (M, D).
+        weight: (M, D); quantised: the result is bfloat16.
         bias: (M,) or None.
     """
+    if isinstance(weight, Fp8Weight):
+        return fp8.linear(x, weight, bias)
     if not functions.takes_onednn(x):
         return F.linear(x, weight, bias)
     return functions.Linear.apply(x, weight, bias, None)
@@ -201,9 +204,9 @@ def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float
 
 def linear_gelu(
     h: Tensor,
-    fc_weight: Tensor,
+    fc_weight: Tensor | Fp8Weight,
     fc_bias: Tensor,
-    proj_weight: Tensor,
+    proj_weight: Tensor | Fp8Weight,
     proj_bias: Tensor,
     kind: str,
     recompute: bool = False,
@@ -219,21 +222,25 @@ def linear_gelu(
         proj_bias: (D,).
         kind: the activation, see :func:`activation`.
         recompute: compute the hidden features (..., M) again in backward instead of keeping them.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/dispatch.py; with quantised weights of the activation alone.
     """
     weights = fc_weight, fc_bias, proj_weight, proj_bias
-    if dispatch.choose("linear_gelu", backend, h) == "triton":
+    quantized = isinstance(fc_weight, Fp8Weight)
+    if not quantized and dispatch.choose("linear_gelu", backend, h) == "triton":
         from upt_fast.kernels import linear_gelu as kernel
 
-        return kernel.linear_gelu_linear(h, *weights, kind, keep=not recompute)
+        return kernel.linear_gelu_linear(h, *weights, kind, keep=not recompute)  # type: ignore[arg-type]
     if recompute and torch.is_grad_enabled():
         inputs = (h, *weights, kind, False, backend)
         return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
-    a = activation(linear(h, fc_weight), kind, fc_bias, backend)
+    if quantized:  # whose product adds the bias before it rounds
+        a = activation(linear(h, fc_weight, fc_bias), kind, None, backend)
+    else:
+        a = activation(linear(h, fc_weight), kind, fc_bias, backend)
     return linear(a, proj_weight, proj_bias)
 
 
-def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight, bias: Tensor) -> Tensor:
+def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight | Fp8Weight, bias: Tensor) -> Tensor:
     """x + y W^T + b for a frozen linear, the sum done by the matrix product.
 
     Args:
@@ -242,6 +249,8 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight, bias: T
         weight: (D, M).
         bias: (D,).
     """
+    if isinstance(weight, Fp8Weight):
+        return x + fp8.linear(y, weight, bias)
     weight = weight if isinstance(weight, FrozenWeight) else FrozenWeight(weight)
     if weight.forward is not None and not functions.op_by_op(y):
         return frozen_block.LinearResidual.apply(x, y, weight, bias)
@@ -250,9 +259,9 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight, bias: T
 
 def mlp(
     x: Tensor,
-    fc_weight: Tensor | FrozenWeight,
+    fc_weight: Tensor | FrozenWeight | Fp8Weight,
     fc_bias: Tensor,
-    proj_weight: Tensor | FrozenWeight,
+    proj_weight: Tensor | FrozenWeight | Fp8Weight,
     proj_bias: Tensor,
     eps: float,
     kind: str,
@@ -274,6 +283,10 @@ def mlp(
         workspace: memory to use; None: the op's own.
         layer: this layer's place in the workspace.
     """
+    if isinstance(fc_weight, Fp8Weight):
+        assert isinstance(proj_weight, Fp8Weight)
+        return x + linear_gelu(layer_norm(x, eps), fc_weight, fc_bias, proj_weight, proj_bias, kind, recompute)
+    assert not isinstance(proj_weight, Fp8Weight)
     fc, proj = (w if isinstance(w, FrozenWeight) else FrozenWeight(w) for w in (fc_weight, proj_weight))
     if functions.op_by_op(x) or x.numel() == 0:
         u = F.linear(layer_norm(x, eps), fc.plain, fc_bias)
@@ -335,13 +348,17 @@ def _block(
 
 
 def qkv(
-    h: Tensor, weight: Tensor, q_bias: Tensor, num_heads: int, h_q: Tensor | None = None
+    h: Tensor,
+    weight: Tensor | tuple[Fp8Weight, Fp8Weight],
+    q_bias: Tensor,
+    num_heads: int,
+    h_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of normalised rows.
 
     Args:
         h: (..., D).
-        weight: (3D, D).
+        weight: (3D, D); quantised: q's (D, D), and k's and v's (2D, D).
         q_bias: (D,).
         num_heads: H.
         h_q: (..., D) the rows that need queries, if not all do.
@@ -350,8 +367,9 @@ def qkv(
     """
     width = h.shape[-1]
     # two products: q lives on for backward, where k and v are copied into a buffer behind the prompts'
-    q = linear(h if h_q is None else h_q, weight[:width], q_bias)
-    k, v = linear(h, weight[width:]).chunk(2, dim=-1)
+    w_q, w_kv = (weight[:width], weight[width:]) if isinstance(weight, Tensor) else weight
+    q = linear(h if h_q is None else h_q, w_q, q_bias)
+    k, v = linear(h, w_kv).chunk(2, dim=-1)
     return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # type: ignore[return-value]
 
 

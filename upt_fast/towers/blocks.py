@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import cpu_ops, dispatch, ops
+from upt_fast import cpu_ops, dispatch, fp8, ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
 from upt_fast.cpu_ops import FrozenWeight
+from upt_fast.fp8 import Fp8Weight
 from upt_fast.frozen_block import BlockWeights, MLPWeights
 from upt_fast.workspace import MemoryPool, Workspace
 
@@ -56,6 +57,7 @@ class FrozenBlocks(nn.Module):
         memory: "fast": keep what backward needs; "balanced": recompute the MLP's hidden features in backward;
             "lean": recompute the whole block from its input.
         backend: of the ops, as dispatch.resolve returns it.
+        quantized: the linears' weights are in fp8 (upt_fast/fp8.py) beside dtype, and whole blocks run op by op.
     """
 
     def __init__(
@@ -66,15 +68,20 @@ class FrozenBlocks(nn.Module):
         dtype: torch.dtype,
         memory: str = "fast",
         backend: str = "torch",
+        quantized: bool = False,
     ) -> None:
         super().__init__()
         self.backend, self.streams = backend, dispatch.uses_streams(backend)
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
+        self.quantized = quantized
         self._pool = MemoryPool()
         self.eps_1 = tuple(b.ln_1.eps for b in blocks)
         self.eps_2 = tuple(b.ln_2.eps for b in blocks)
-        folded = [_fold_block(b, num_heads, activation, dtype) for b in blocks]
+        if quantized:
+            folded = [_quantize(_fold_block(b, num_heads, activation, torch.float32), dtype) for b in blocks]
+        else:
+            folded = [_fold_block(b, num_heads, activation, dtype) for b in blocks]
         for name in list(folded[0]):
             self.register_buffer(name, torch.stack([f.pop(name) for f in folded]), persistent=False)
         self._pack()
@@ -87,6 +94,9 @@ class FrozenBlocks(nn.Module):
     fc_bias: Tensor  # (L, M)
     proj_weight: Tensor  # (L, D, M)
     proj_bias: Tensor  # (L, D)
+    # quantised, in the place of the four weights: those of Fp8Weight for "q", "kv", "out", "fc" and "proj", as
+    # {name}_{field} (L, ...), and
+    kv_weight: Tensor  # (L, 2D, D) rows k, v in dtype, for prompt_kv
 
     def qkv(self, i: int, x: Tensor, query_rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of rows x entering layer i.
@@ -97,15 +107,15 @@ class FrozenBlocks(nn.Module):
         Returns:
             three of (..., H, K).
         """
-        eps, weight, q_bias = self.eps_1[i], self.qkv_weight[i], self.qkv_bias[i, : self.width]
+        eps, q_bias = self.eps_1[i], self.qkv_bias[i, : self.width]
         h_q = None if query_rows is None else ops.layer_norm(query_rows, eps)
         packed = self._packed.get(("qkv" if h_q is None else "kv", i))
         if packed is None:
-            return ops.qkv(ops.layer_norm(x, eps), weight, q_bias, self.num_heads, h_q)
+            return ops.qkv(ops.layer_norm(x, eps), self._qkv_weight(i), q_bias, self.num_heads, h_q)
         if h_q is None:
             q, k, v = ops.norm_linear(x, packed, self.qkv_bias[i], eps, parts=3)
         else:
-            q = ops.linear(h_q, weight[: self.width], q_bias)
+            q = ops.linear(h_q, self.qkv_weight[i, : self.width], q_bias)
             k, v = ops.norm_linear(x, packed, None, eps, parts=2)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         return q, k, v
@@ -122,7 +132,15 @@ class FrozenBlocks(nn.Module):
             workspace: memory of this pass, or None.
         """
         prefix_k, prefix_v = (None, None) if prefix_kv is None else prefix_kv.unbind(2)
+        if self.quantized:
+            return self.run(self._layer_by_ops, i, x, prefix_k, prefix_v, set_index)
         return ops.block(x, prefix_k, prefix_v, self.weights(i), set_index, self.memory, workspace, i)
+
+    def _layer_by_ops(
+        self, i: int, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, set_index: Tensor | None
+    ) -> Tensor:
+        q, k, v = self.qkv(i, x)
+        return self.finish(i, x, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index), None)
 
     def weights(self, i: int) -> BlockWeights:
         """The weights of layer i."""
@@ -135,9 +153,23 @@ class FrozenBlocks(nn.Module):
         packed = self._packed.get((name, i))
         return FrozenWeight(getattr(self, f"{name}_weight")[i]) if packed is None else packed
 
+    def _linear_weight(self, name: str, i: int) -> Tensor | Fp8Weight:
+        """Layer i's weight "out", "fc" or "proj" (quantised also "q" or "kv"), not packed."""
+        if self.quantized:
+            return Fp8Weight(*(getattr(self, f"{name}_{field}")[i] for field in Fp8Weight._fields))
+        return getattr(self, f"{name}_weight")[i]
+
+    def _qkv_weight(self, i: int) -> Tensor | tuple[Fp8Weight, Fp8Weight]:
+        """Layer i's weight as ops.qkv takes it."""
+        if self.quantized:
+            return self._linear_weight("q", i), self._linear_weight("kv", i)  # type: ignore[return-value]
+        return self.qkv_weight[i]
+
     def _pack(self) -> None:
         """Pack the weights for the CPU operations where those run."""
         self._packed: dict[tuple[str, int], FrozenWeight] = {}
+        if self.quantized:
+            return
         weight = self.qkv_weight
         if weight.device.type != "cpu" or self.streams or cpu_ops.refusal(weight.dtype, self.width, self.num_heads):
             return
@@ -149,6 +181,8 @@ class FrozenBlocks(nn.Module):
                     self._packed[name, i] = FrozenWeight.pack(plain)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:
+        if self.quantized:
+            fp8.check_apply(fn, self.qkv_bias.device)
         super()._apply(fn, recurse)
         self._pack()
         return self
@@ -168,7 +202,8 @@ class FrozenBlocks(nn.Module):
             h = ops.layer_norm(prompts, eps[0])
         else:
             h = torch.stack([ops.layer_norm(p, e) for p, e in zip(prompts, eps, strict=True)])
-        weight = self.qkv_weight[first : first + depth, width:]
+        layers = slice(first, first + depth)
+        weight = self.kv_weight[layers] if self.quantized else self.qkv_weight[layers, width:]
         kv = torch.bmm(h.reshape(depth, sets * length, width), weight.transpose(1, 2))
         return kv.view(depth, sets, length, 2, self.num_heads, width // self.num_heads)
 
@@ -180,17 +215,21 @@ class FrozenBlocks(nn.Module):
             attended: (..., H, K) attention's output for these rows.
             workspace: memory of this pass, or None.
         """
-        x = ops.linear_residual(x, attended.flatten(-2), self.weight("out", i), self.out_bias[i])
+        out = self._linear_weight("out", i) if self.quantized else self.weight("out", i)
+        x = ops.linear_residual(x, attended.flatten(-2), out, self.out_bias[i])
         return self.mlp(i, x, workspace)
 
     def mlp(self, i: int, x: Tensor, workspace: Workspace | None) -> Tensor:
         """The MLP of layer i with its residual, for rows (..., D)."""
-        weights = (self.weight("fc", i), self.fc_bias[i], self.weight("proj", i), self.proj_bias[i])
+        weight = self._linear_weight if self.quantized else self.weight
+        weights = (weight("fc", i), self.fc_bias[i], weight("proj", i), self.proj_bias[i])
         recompute = self.memory == "balanced"
         return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=recompute, workspace=workspace, layer=i)
 
     def stream_qkv(self, i: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, three of (..., H, K), of the normalised rows h (..., D) of layer i's stream."""
+        if self.quantized:
+            return ops.qkv(h, self._qkv_weight(i), self.qkv_bias[i, : self.width], self.num_heads)
         qkv = ops.linear(h, self.qkv_weight[i], self.qkv_bias[i])
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
@@ -203,12 +242,12 @@ class FrozenBlocks(nn.Module):
         Returns:
             rows (..., D), and what the MLP adds to them.
         """
-        out = ops.linear(attended.flatten(-2), self.out_weight[i], self.out_bias[i])
+        out = ops.linear(attended.flatten(-2), self._linear_weight("out", i), self.out_bias[i])
         x, h = ops.add_layer_norm(x, out, self.eps_2[i], self.backend)
         return x, self._stream_mlp(i, h)
 
     def _stream_mlp(self, i: int, h: Tensor) -> Tensor:
-        weights = self.fc_weight[i], self.fc_bias[i], self.proj_weight[i], self.proj_bias[i]
+        weights = self._linear_weight("fc", i), self.fc_bias[i], self._linear_weight("proj", i), self.proj_bias[i]
         return ops.linear_gelu(h, *weights, self.activation, self.memory == "balanced", self.backend)
 
     def workspace(self, label: str = "rows", checkpointed: bool = True) -> Workspace | None:
@@ -273,6 +312,18 @@ class FrozenHead(nn.Module):
         if mean_dim is not None:
             x = x.mean(mean_dim)
         return x if self.norm_only else F.linear(x, self.weight, self.bias)
+
+
+def _quantize(folded: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A folded block's tensors, its weights in fp8 and the rest in dtype; see :class:`FrozenBlocks` for the names."""
+    found = {name: value.to(dtype) for name, value in folded.items() if name.endswith("_bias")}
+    q, kv = folded["qkv_weight"].split([len(folded["out_bias"]), 2 * len(folded["out_bias"])])
+    found["kv_weight"] = kv.to(dtype)
+    weights = {"q": q, "kv": kv} | {name: folded[f"{name}_weight"] for name in ("out", "fc", "proj")}
+    for name, weight in weights.items():
+        for field, value in Fp8Weight.quantize(weight)._asdict().items():
+            found[f"{name}_{field}"] = value
+    return found
 
 
 def _fold_block(block: FrozenBlock, num_heads: int, activation: str, dtype: torch.dtype) -> dict[str, Tensor]:

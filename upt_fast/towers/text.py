@@ -30,11 +30,19 @@ class TextTower(nn.Module):
         dtype: dtype in which it computes.
         memory: see :class:`FrozenBlocks`.
         backend: see :class:`FrozenBlocks`.
+        quantized: see :class:`FrozenBlocks`.
     """
 
-    def __init__(self, text: FrozenText, dtype: torch.dtype, memory: str = "fast", backend: str = "torch") -> None:
+    def __init__(
+        self,
+        text: FrozenText,
+        dtype: torch.dtype,
+        memory: str = "fast",
+        backend: str = "torch",
+        quantized: bool = False,
+    ) -> None:
         super().__init__()
-        self.blocks = FrozenBlocks(text.blocks, text.num_heads, text.activation, dtype, memory, backend)
+        self.blocks = FrozenBlocks(text.blocks, text.num_heads, text.activation, dtype, memory, backend, quantized)
         self.head = FrozenHead(text.ln_final, text.projection, text.projection_bias, dtype)
         self.register_buffer("token_embedding", text.token_embedding, persistent=False)
         self.register_buffer("positional_embedding", text.positional_embedding, persistent=False)
@@ -53,7 +61,7 @@ class TextTower(nn.Module):
         per_class: bool = False,
     ) -> PackedClasses:
         """Pack class names and compute what no prompt can change; see :class:`PackedClasses` for the arguments."""
-        dtype = self.blocks.qkv_weight.dtype
+        dtype = self.blocks.qkv_bias.dtype
         embeddings = self.token_embedding, self.positional_embedding
         packed = PackedClasses(tokens, n_text, class_token_position, *embeddings, dtype, class_sets, per_class)
         x, sos_kv, workspace = packed.sos, [], None
@@ -79,7 +87,7 @@ class TextTower(nn.Module):
             backward: whether what backward needs is kept.
         """
         blocks = self.blocks
-        rows, hidden = len(packed.rows), blocks.fc_weight.shape[1]
+        rows, hidden = len(packed.rows), blocks.fc_bias.shape[1]
         layer = (
             6 * blocks.width + hidden
         )  # inputs of the LayerNorms, q, k, v, attention's output; the activation's input

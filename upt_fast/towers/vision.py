@@ -25,11 +25,20 @@ class VisionTower(nn.Module):
         dtype: dtype in which it computes.
         memory: see :class:`FrozenBlocks`.
         backend: see :class:`FrozenBlocks`.
+        quantized: see :class:`FrozenBlocks`.
     """
 
-    def __init__(self, vision: FrozenVision, dtype: torch.dtype, memory: str = "fast", backend: str = "torch") -> None:
+    def __init__(
+        self,
+        vision: FrozenVision,
+        dtype: torch.dtype,
+        memory: str = "fast",
+        backend: str = "torch",
+        quantized: bool = False,
+    ) -> None:
         super().__init__()
-        self.blocks = FrozenBlocks(vision.blocks, vision.num_heads, vision.activation, dtype, memory, backend)
+        of_blocks = vision.blocks, vision.num_heads, vision.activation
+        self.blocks = FrozenBlocks(*of_blocks, dtype, memory, backend, quantized)
         self.head = FrozenHead(vision.ln_post, vision.projection, None, dtype)
         self.image_size, self.pooling, self.norm_after_pool = vision.image_size, vision.pooling, vision.norm_after_pool
         self.pre_eps = None if vision.ln_pre is None else vision.ln_pre.eps
