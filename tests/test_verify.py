@@ -10,6 +10,7 @@ import torch
 import upt_fast.verify
 from upt_fast import FastUPT, UPTConfig
 from upt_fast.files import load_safetensors
+from upt_fast.fp8 import Fp8Weight
 from upt_fast.testing import max_error, relative_rms, write_vectors
 from upt_fast.verify import DTYPES, TOLERANCES, measure, run_verify
 
@@ -244,6 +245,45 @@ def test_half_precision_is_judged_against_the_reference(vectors, monkeypatch, ca
     assert "reference: outputs" in lines(capsys)["all"]
     monkeypatch.setattr(upt_fast.verify, "FastPromptedCLIP", Rounded)
     assert run_verify(vectors, dtype=dtype) == 1
+    assert " FAIL " in lines(capsys)["all"]
+
+
+def _square(weight):
+    return weight.shape[0] == weight.shape[1]
+
+
+WRONG_SCALES = {
+    "twice": lambda f, w: f._replace(forward_scale=2 * f.forward_scale),
+    "half_in_mlp": lambda f, w: f._replace(forward_scale=f.forward_scale / 2) if w.shape[1] > w.shape[0] else f,
+    "twice_backward": lambda f, w: f._replace(backward_scale=2 * f.backward_scale),
+    "half_backward": lambda f, w: f._replace(backward_scale=f.backward_scale / 2),
+    "of_columns": lambda f, w: f._replace(forward_scale=f.backward_scale) if _square(w) else f,
+    "not_transposed": lambda f, w: f._replace(backward=f.forward) if _square(w) else f,
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *WRONG_SCALES])
+def test_fp8_fails_where_a_scale_is_wrong(monkeypatch, capsys, wrong):
+    """Rounding passes, with its ratio to the reference's in bfloat16 shown; a wrong scale or copy does not."""
+    quantize = Fp8Weight.quantize
+    if wrong is not None:
+        monkeypatch.setattr(Fp8Weight, "quantize", lambda weight: WRONG_SCALES[wrong](quantize(weight), weight))
+    assert run_verify(None, dtype="fp8") == (wrong is not None)
+    line = lines(capsys)["all"]
+    assert (" FAIL " in line) == (wrong is not None)
+    words = line.replace("reference (bfloat16): ", "").replace("fast (fp8): ", "").split()
+    errors, ratios = [float(word) for word in words if "e-" in word or "e+" in word], words[-2:]
+    assert words[-3] == "ratio"
+    for i in range(2):
+        assert float(ratios[i]) == pytest.approx(errors[2 + i] / errors[i], rel=0.1)
+
+
+def test_fp8_fails_where_nothing_is_a_number(vectors, capsys):
+    """Nor does a reference that has none either excuse it."""
+    wrong = tensor(vectors, "param.norm2.weight").clone()
+    wrong[0] = float("nan")
+    change(vectors, {"param.norm2.weight": wrong})
+    assert run_verify(vectors, dtype="fp8") == 1
     assert " FAIL " in lines(capsys)["all"]
 
 

@@ -302,7 +302,7 @@ def _verify_parser() -> ArgumentParser:
         "directory", nargs="?", type=str | None, default=None, metavar="DIR", help="folder of test vectors"
     )
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", type=str, default="float64", help="float64, float32, bfloat16 or float16")
+    parser.add_argument("--dtype", type=str, default="float64", help="float64, float32, bfloat16, float16 or fp8")
     parser.add_argument("--backend", type=str, default="auto", help="how operations are computed")
     return parser
 
