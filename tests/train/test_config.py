@@ -33,7 +33,7 @@ REQUIRED = {"data": "d", "out": "r", "clip": "tiny-digits"}
         {"momentum": 1.0},
         {"weight_decay": -1.0},
         {"augment": "mixup"},
-        {"precision": "fp8"},
+        {"precision": "fp4"},
         {"memory": "none"},
         {"device": "tpu"},
         {"num_workers": -1},

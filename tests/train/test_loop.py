@@ -128,6 +128,18 @@ def test_checkpoint_loads_as_a_model(finished):
     assert evaluation.class_accuracy == contents(finished)[2]["test"]["class_accuracy"]
 
 
+def test_fp8(split_data, tmp_path):
+    """A run in fp8 learns, and what reads it computes in fp8 too."""
+    train(TrainConfig.from_dict(settings(split_data, tmp_path / "run", precision="fp8", memory="balanced")))
+    _, metrics, results = contents(tmp_path / "run")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert results["test"]["accuracy"] > 0.5
+    model = load_run(tmp_path / "run", "cpu")
+    assert model.quantized
+    evaluation, _ = evaluate_run(tmp_path / "run", split_data, device="cpu")
+    assert evaluation.class_accuracy == results["test"]["class_accuracy"]
+
+
 def test_kill_and_resume_is_the_uninterrupted_run(split_data, finished, tmp_path):
     out = tmp_path / "killed"
     options = [

@@ -76,7 +76,9 @@ class TrainConfig:
         "methods whose texts depend on the image: images whose texts run at once; none: as many as need 512 MiB", None
     )
     backend: str = _option("how operations are computed; auto picks the fastest that runs here", "auto")
-    precision: Literal["fp32", "bf16"] = _option("of the frozen CLIP; the prompts are trained in float32", "fp32")
+    precision: Literal["fp32", "bf16", "fp8"] = _option(
+        "of the frozen CLIP; the prompts are trained in float32. fp8 is inexact: bf16 with products in float8", "fp32"
+    )
     device: str = _option("auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "auto")
     num_workers: int | None = _option("processes that load images; none: 0 on the CPU, up to 8 for a GPU", None)
     cache_gib: float = _option("GiB of memory for decoded images; sets that need more are decoded when used", 1.0)

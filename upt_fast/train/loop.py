@@ -522,7 +522,7 @@ class _Meter:
 def _diverged(step: int, epoch: int, lr: float, what: str) -> str:
     return (
         f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {lr:g}); the last good checkpoint is kept. "
-        "Try a lower --lr, and --precision fp32 where it is bf16"
+        "Try a lower --lr, and --precision fp32 where it is lower"
     )
 
 
