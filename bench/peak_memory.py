@@ -1,4 +1,6 @@
-"""Peak memory of steps in a process of its own: ``bench/peak_memory.py PROVIDER CLASSES BATCH [METHOD [MEMORY]]``.
+"""Peak memory of steps in a process of its own.
+
+``python bench/peak_memory.py PROVIDER CLASSES BATCH [METHOD [MEMORY [DTYPE]]]``
 
 Prints JSON: ``seconds`` of the faster step; ``activations_mib``, the peak during the steps above what the process held
 before them (Python, PyTorch, weights, inputs), and ``process_mib``, the peak of the whole process. Linux reads both off
@@ -28,10 +30,12 @@ def status_mib(key: str) -> float:
     raise RuntimeError(f"no {key} in /proc/self/status")
 
 
-def main(provider: str, classes: int, batch: int, method: str = "upt", memory: str = "") -> dict[str, float]:
+def main(
+    provider: str, classes: int, batch: int, method: str = "upt", memory: str = "", dtype: str = ""
+) -> dict[str, float]:
     torch.manual_seed(0)
     clip = vit_b16()
-    options = {"memory": memory} if memory else {}
+    options = {name: value for name, value in (("memory", memory), ("dtype", dtype)) if value}
     model = build(provider, clip, bench_classnames(classes), method, **options).train()
     del clip  # the fast engine has its own weights; the reference keeps it alive
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(classes, (batch,))

@@ -347,8 +347,8 @@ class MLP(torch.autograd.Function):
     """See upt_fast.ops.mlp."""
 
     @staticmethod
-    def forward(ctx, x, weights, recompute, space, layer):  # type: ignore[no-untyped-def]
-        rows = _rows(x)
+    def forward(ctx, x, weights, recompute, given, layer):  # type: ignore[no-untyped-def]
+        space, rows = given or Workspace(1), _rows(x)
         needed = ctx.needs_input_grad[0]
         keep = needed and not recompute
         shape = len(rows), len(weights.fc_bias)
@@ -356,14 +356,14 @@ class MLP(torch.autograd.Function):
         y = space.kept("y", layer, x, *rows.shape) if needed else space.scratch("y", x, *rows.shape)
         mean, rstd = _mlp_forward(rows, weights, space, layer, u, y)
         ctx.save_for_backward(rows, mean, rstd, u)
-        ctx.weights, ctx.space = weights, space
+        ctx.weights, ctx.space = weights, given  # memory of the op's own must not live on in a graph
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         rows, mean, rstd, u = ctx.saved_tensors
-        dx = _mlp_backward(_rows(dy), rows, mean, rstd, u, ctx.weights, ctx.space)
+        dx = _mlp_backward(_rows(dy), rows, mean, rstd, u, ctx.weights, ctx.space or Workspace(1))
         return dx.view(dy.shape), None, None, None, None
 
 
@@ -371,8 +371,8 @@ class Block(torch.autograd.Function):
     """See upt_fast.ops.block."""
 
     @staticmethod
-    def forward(ctx, x, prefix_k, prefix_v, set_index, weights, memory, space, layer):  # type: ignore[no-untyped-def]
-        rows = _rows(x)
+    def forward(ctx, x, prefix_k, prefix_v, set_index, weights, memory, given, layer):  # type: ignore[no-untyped-def]
+        space, rows = given or Workspace(1), _rows(x)
         needed = any(ctx.needs_input_grad[:3])
         keep = needed and memory != "lean"
         after, attended = _attention_forward(x, prefix_k, prefix_v, set_index, weights, space, layer, keep)
@@ -380,7 +380,7 @@ class Block(torch.autograd.Function):
         y = space.kept("y", layer, x, *rows.shape) if needed else space.scratch("y", x, *rows.shape)
         mlp_space = space if keep else Workspace(1)
         mlp_mean, mlp_rstd = _mlp_forward(after, weights.mlp, mlp_space, layer if keep else 0, u, y)
-        ctx.weights, ctx.space, ctx.memory, ctx.shape = weights, space, memory, x.shape
+        ctx.weights, ctx.space, ctx.memory, ctx.shape = weights, given, memory, x.shape
         ctx.prefix, ctx.sets = (0, 0) if prefix_k is None else (prefix_k.shape[1], len(prefix_k))
         if not needed:
             return y.view(x.shape)
@@ -394,7 +394,7 @@ class Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        weights, space = ctx.weights, ctx.space
+        weights, space = ctx.weights, ctx.space or Workspace(1)
         if ctx.memory == "lean":
             rows, prefix_k, prefix_v, set_index = ctx.saved_tensors
             x = rows.view(ctx.shape)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template, tokenize_words
 from upt_fast.config import MethodConfig, UPTConfig, require_choice, require_int
+from upt_fast.graphs import GraphedStep
 from upt_fast.methods import Method, find_method, list_methods
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 from upt_fast.towers.blocks import MEMORY_LEVELS
@@ -129,6 +131,7 @@ class FastPromptedCLIP(nn.Module):
     packed: nn.ModuleList  # of PackedClasses, one for each template or one
     logit_scale: Tensor  # ()
     logit_bias: Tensor | None  # ()
+    text_stream: torch.cuda.Stream | None = None  # upt_fast/graphs.py
 
     def set_classnames(self, classnames: Sequence[str]) -> None:
         """Replace the classes; the prompts stay as they are.
@@ -220,8 +223,11 @@ class FastPromptedCLIP(nn.Module):
             logits = self._logits_by_image(self.encode_image(images))
         else:
             prompts = self._prompts()
-            text_features = F.normalize(self._class_features(prompts), dim=-1)
-            logits = self.logit_scale.exp() * self._encode_image(images, prompts) @ text_features.t()
+            with self._beside_images():
+                text_features = F.normalize(self._class_features(prompts), dim=-1)
+            image_features = self._encode_image(images, prompts)
+            self._join_texts()
+            logits = self.logit_scale.exp() * image_features @ text_features.t()
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -236,9 +242,60 @@ class FastPromptedCLIP(nn.Module):
         if self.prompt_learner.by_image:
             return F.cross_entropy(self(images).to(self.logit_scale.dtype), labels)
         prompts = self._prompts()
-        classes = self._class_features(prompts)
+        with self._beside_images():
+            classes = self._class_features(prompts)
         features = self._encode_image(images, prompts, normalize=False)
+        self._join_texts()
         return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self.backend).mean()
+
+    def make_graphed_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        warmup: int = 3,
+        two_streams: bool | None = None,
+        capture: bool = True,
+    ) -> GraphedStep:
+        """A function that trains on a batch: forward, loss, backward and optimizer in one CUDA graph.
+
+        On other devices, and where a capture fails, it runs the same step eagerly; its ``reason`` says why.
+
+        Args:
+            optimizer: of :meth:`parameters`. Its own step is captured where it can be, with ``fused=True`` (SGD, Adam)
+                or ``capturable=True`` (Adam), and its learning rate becomes a tensor, which schedulers write to;
+                else it runs behind the graph.
+            batch_size: B of the batches that are replayed; others run eagerly.
+            scaler: scales the loss, for float16; needs a fused optimizer to be captured.
+            loss: of logits (B, C) in float32 and labels (B,); None: mean cross-entropy.
+            warmup: steps that run eagerly before the capture, at least 1.
+            two_streams: whether to run the text tower beside the image tower; None: whichever is faster.
+            capture: False: run every step eagerly.
+        Raises:
+            ValueError: batch_size or warmup below 1.
+
+        Example:
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9, fused=True)
+            >>> step = model.make_graphed_step(optimizer, batch_size=32)
+            >>> loss, logits = step(images, labels)  # the next step overwrites both
+        """
+        return GraphedStep(self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture)
+
+    @contextlib.contextmanager
+    def _beside_images(self) -> Iterator[None]:
+        """Run the text tower on a stream of its own, where a captured step asks for it."""
+        if self.text_stream is None:
+            yield
+            return
+        self.text_stream.wait_stream(torch.cuda.current_stream(self.logit_scale.device))
+        with torch.cuda.stream(self.text_stream):
+            yield
+
+    def _join_texts(self) -> None:
+        if self.text_stream is not None:
+            torch.cuda.current_stream(self.logit_scale.device).wait_stream(self.text_stream)
 
     def _prompts(self) -> Prompts:
         """The prompts that do not depend on the image."""

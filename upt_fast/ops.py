@@ -291,7 +291,6 @@ def mlp(
     if functions.op_by_op(x) or x.numel() == 0:
         u = F.linear(layer_norm(x, eps), fc.plain, fc_bias)
         return linear_residual(x, activation(u, kind), proj.plain, proj_bias)
-    workspace = Workspace(1) if workspace is None else workspace
     weights = MLPWeights(fc, fc_bias, proj, proj_bias, eps, kind)
     return frozen_block.MLP.apply(x, weights, recompute, workspace, layer)
 
@@ -320,7 +319,6 @@ def block(
     """
     exact = x.dtype.itemsize >= 4 or weights.qkv.forward is not None
     if x.device.type == "cpu" and x.numel() > 0 and exact and not functions.op_by_op(x):
-        workspace = Workspace(1) if workspace is None else workspace
         return frozen_block.Block.apply(x, prefix_k, prefix_v, set_index, weights, memory, workspace, layer)
     if memory == "lean" and torch.is_grad_enabled():
         return checkpoint(

@@ -84,7 +84,8 @@ class Workspace:
     share one.
 
     Args:
-        num_layers: layers that will ask for kept memory of one shape.
+        num_layers: layers that will ask for kept memory of one shape; 0 where layers are recomputed, in an order of
+            their own: what one keeps is another's as soon as nothing refers to it.
         pool: where the blocks come from.
         label: tells this pass's blocks in the pool from those of other kinds of passes.
     """
@@ -101,6 +102,8 @@ class Workspace:
 
     def kept(self, name: str, layer: int, like: Tensor, *shape: int) -> Tensor:
         """An uninitialised tensor in like's dtype and device, one per name and layer, that backward will read."""
+        if not self._num_layers:
+            return self.scratch(name, like, *shape)
         block = self._kept.get(name)
         if block is None or block.shape[1:] != shape or layer - self._first_layer[name] >= len(block):
             self._first_layer[name] = layer

@@ -121,7 +121,7 @@ class FrozenBlocks(nn.Module):
         return q, k, v
 
     def layer(
-        self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: Workspace | None
+        self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: Workspace
     ) -> Tensor:
         """All of layer i for sequences that see [shared prefix ; own rows].
 
@@ -129,18 +129,24 @@ class FrozenBlocks(nn.Module):
             x: (B, L, D) rows that enter the layer.
             prefix_kv: (S, P, 2, H, K) keys and values of S prompt sets, or None.
             set_index: (B,) int64, each sequence's set; None where S is 1.
-            workspace: memory of this pass, or None.
+            workspace: memory of this pass.
         """
         prefix_k, prefix_v = (None, None) if prefix_kv is None else prefix_kv.unbind(2)
         if self.quantized:
-            return self.run(self._layer_by_ops, i, x, prefix_k, prefix_v, set_index)
+            return self.run(self._layer_by_ops, i, x, prefix_k, prefix_v, set_index, workspace)
         return ops.block(x, prefix_k, prefix_v, self.weights(i), set_index, self.memory, workspace, i)
 
     def _layer_by_ops(
-        self, i: int, x: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, set_index: Tensor | None
+        self,
+        i: int,
+        x: Tensor,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
+        set_index: Tensor | None,
+        workspace: Workspace,
     ) -> Tensor:
         q, k, v = self.qkv(i, x)
-        return self.finish(i, x, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index), None)
+        return self.finish(i, x, ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index), workspace)
 
     def weights(self, i: int) -> BlockWeights:
         """The weights of layer i."""
@@ -207,19 +213,19 @@ class FrozenBlocks(nn.Module):
         kv = torch.bmm(h.reshape(depth, sets * length, width), weight.transpose(1, 2))
         return kv.view(depth, sets, length, 2, self.num_heads, width // self.num_heads)
 
-    def finish(self, i: int, x: Tensor, attended: Tensor, workspace: Workspace | None) -> Tensor:
+    def finish(self, i: int, x: Tensor, attended: Tensor, workspace: Workspace) -> Tensor:
         """The rest of layer i: output projection, residual, MLP, residual.
 
         Args:
             x: (..., D) rows that entered the layer.
             attended: (..., H, K) attention's output for these rows.
-            workspace: memory of this pass, or None.
+            workspace: memory of this pass.
         """
         out = self._linear_weight("out", i) if self.quantized else self.weight("out", i)
         x = ops.linear_residual(x, attended.flatten(-2), out, self.out_bias[i])
         return self.mlp(i, x, workspace)
 
-    def mlp(self, i: int, x: Tensor, workspace: Workspace | None) -> Tensor:
+    def mlp(self, i: int, x: Tensor, workspace: Workspace) -> Tensor:
         """The MLP of layer i with its residual, for rows (..., D)."""
         weight = self._linear_weight if self.quantized else self.weight
         weights = (weight("fc", i), self.fc_bias[i], weight("proj", i), self.proj_bias[i])
@@ -250,16 +256,15 @@ class FrozenBlocks(nn.Module):
         weights = self._linear_weight("fc", i), self.fc_bias[i], self._linear_weight("proj", i), self.proj_bias[i]
         return ops.linear_gelu(h, *weights, self.activation, self.memory == "balanced", self.backend)
 
-    def workspace(self, label: str = "rows", checkpointed: bool = True) -> Workspace | None:
+    def workspace(self, label: str = "rows", checkpointed: bool = True) -> Workspace:
         """Memory for one pass through the layers.
 
         Args:
             label: of the kind of pass.
-            checkpointed: whether :meth:`run` runs the layers; None where it recomputes them, in an order of its own.
+            checkpointed: whether :meth:`run` runs the layers, which recomputes them where memory is "lean".
         """
-        if checkpointed and self.memory == "lean":
-            return None
-        return Workspace(self.num_layers - 1, self._pool, label)
+        keeps = not (checkpointed and self.memory == "lean")
+        return Workspace(self.num_layers - 1 if keeps else 0, self._pool, label)
 
     def train(self, mode: bool = True) -> FrozenBlocks:
         if not mode:

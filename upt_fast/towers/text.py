@@ -64,7 +64,7 @@ class TextTower(nn.Module):
         dtype = self.blocks.qkv_bias.dtype
         embeddings = self.token_embedding, self.positional_embedding
         packed = PackedClasses(tokens, n_text, class_token_position, *embeddings, dtype, class_sets, per_class)
-        x, sos_kv, workspace = packed.sos, [], None
+        x, sos_kv, workspace = packed.sos, [], Workspace(0)
         for i in range(self.blocks.num_layers):
             _, k, v = self.blocks.qkv(i, x)
             sos_kv.append(torch.stack([k[0], v[0]]))
@@ -129,8 +129,7 @@ class TextTower(nn.Module):
             else:
                 x = blocks.run(self._last_layer if i == last else self._layer, i, x, prefix_kv, packed, workspace)
         for space in (workspace, prefix_workspace):
-            if space is not None:
-                space.end_forward()
+            space.end_forward()
         return self.head(x if y is None else x + y)[packed.inverse]
 
     def _prefix(self, prompts: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -155,7 +154,7 @@ class TextTower(nn.Module):
         assert packed.sos_kv is not None
         return ops.prepend_rows(packed.sos_kv[i, None, None], self.blocks.prompt_kv(rows[None], first=i)[0])
 
-    def _prefix_layer(self, i: int, rows: Tensor, packed: Packed, workspace: Workspace | None) -> Tensor:
+    def _prefix_layer(self, i: int, rows: Tensor, packed: Packed, workspace: Workspace) -> Tensor:
         """Layer i for the propagating prompt rows (S, P, d), causal behind the start token."""
         assert packed.sos_kv is not None
         sets, length, _ = rows.shape
@@ -165,7 +164,7 @@ class TextTower(nn.Module):
         attended = ops.packed_attention(q, k, v, sos_k, sos_v, layout).view(sets, length, *q.shape[1:])
         return self.blocks.finish(i, rows, attended, workspace)
 
-    def _layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace | None) -> Tensor:
+    def _layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace) -> Tensor:
         if i == 0 and packed.first_qkv is not None:
             q, k, v = packed.first_qkv
         else:
@@ -199,7 +198,7 @@ class TextTower(nn.Module):
         attended = ops.buffer_attention(q, keys, values, packed.layout, prefix, backend)
         return blocks.stream_finish(i, x, attended)
 
-    def _last_layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace | None) -> Tensor:
+    def _last_layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace) -> Tensor:
         rows = x[packed.last_rows]
         q, k, v = self.blocks.qkv(i, x, query_rows=rows)
         prefix_k, prefix_v = prefix_kv.unbind(2)

@@ -128,8 +128,7 @@ class VisionTower(nn.Module):
                 x = blocks.layer(i, x, prefix, set_index, workspace)
             else:
                 x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, blocks.workspace("last"))
-        if workspace is not None:
-            workspace.end_forward()
+        workspace.end_forward()
         return x
 
     def _run_stream(self, x: Tensor, entering: list[Tensor], set_index: Tensor | None) -> Tensor:
@@ -172,7 +171,7 @@ class VisionTower(nn.Module):
         prefix: Tensor | None,
         set_index: Tensor | None,
         first_row: int,
-        workspace: Workspace | None,
+        workspace: Workspace,
     ) -> Tensor:
         """Layer i for the pooled rows: the class token's, or all patches'."""
         pooled = slice(first_row, first_row + 1) if self.pooling == "tok" else slice(first_row + 1, None)

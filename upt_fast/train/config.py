@@ -15,7 +15,19 @@ from upt_fast.methods import Method, find_method
 
 # what may change between a run and its resumption: where things are and how they are computed, not what is computed
 FREE_ON_RESUME = frozenset(
-    ("data", "out", "device", "num_workers", "cache_gib", "backend", "memory", "text_batch", "progress", "resume")
+    (
+        "data",
+        "out",
+        "device",
+        "cuda_graph",
+        "num_workers",
+        "cache_gib",
+        "backend",
+        "memory",
+        "text_batch",
+        "progress",
+        "resume",
+    )
 )
 # further names that the command line gives a meaning of its own
 COMMAND_LINE_NAMES = frozenset(("config", "print_config", "help", "debug"))
@@ -80,6 +92,7 @@ class TrainConfig:
         "of the frozen CLIP; the prompts are trained in float32. fp8 is inexact: bf16 with products in float8", "fp32"
     )
     device: str = _option("auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "auto")
+    cuda_graph: bool = _option("on a GPU, replay steps from a CUDA graph where they can be captured", True)
     num_workers: int | None = _option("processes that load images; none: 0 on the CPU, up to 8 for a GPU", None)
     cache_gib: float = _option("GiB of memory for decoded images; sets that need more are decoded when used", 1.0)
     on_corrupt: Literal["error", "skip"] = _option(

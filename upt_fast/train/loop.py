@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -46,7 +45,7 @@ from upt_fast.train.checkpoint import (
 from upt_fast.train.config import TrainConfig, check_device_name
 from upt_fast.train.evaluation import Evaluation, device_of, evaluate, labels_for_model, to_device
 from upt_fast.train.interrupt import InterruptBetweenSteps
-from upt_fast.train.schedule import WarmupCosineLR
+from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -328,8 +327,13 @@ class _Trainer:
         self.device = device_of(model)
         self.num_workers = _num_workers(config.num_workers, self.device)
         self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" and config.cuda_graph,  # which a graph can hold
         )
+        self.step = model.make_graphed_step(self.optimizer, config.batch_size, capture=config.cuda_graph)
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
         if restored := read_checkpoint(out):
             self.state, momentum = restored
@@ -368,7 +372,7 @@ class _Trainer:
         with InterruptBetweenSteps() as interrupt, writer or contextlib.nullcontext(), bar:
             for epoch in range(self.state.epoch, self.config.epochs):
                 started = time.perf_counter()
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = lr_at_epoch(epoch, self.config.epochs, self.config.lr, self.config.warmup_lr)
                 loss, accuracy = self._train_epoch(epoch, lr, bar, interrupt)
                 record: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, "loss": loss, "accuracy": accuracy}
                 metric = -loss
@@ -391,11 +395,9 @@ class _Trainer:
         meter = _Meter(epoch, lr, bar, self.device)
         self.model.train()
         for step, (images, labels) in enumerate(to_device(self.loader, self.normalize, self.device)):
-            logits = self.model(images).float()
-            loss = F.cross_entropy(logits, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            loss, logits = self.step(images, labels)
+            if step == self.step.warmup and epoch == self.state.epoch and self.device.type == "cuda":
+                logger.info("steps run %s", f"eagerly: {self.step.reason}" if self.step.reason else "as a CUDA graph")
             meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
             interrupt.check()
         meter.flush()
