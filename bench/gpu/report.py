@@ -125,7 +125,18 @@ def _tests(rows: Sequence[Row]) -> list[str]:
 
 def _steps(rows: Sequence[Row]) -> list[str]:
     lines = ["Forward, loss and backward; `x` is truncated's time over this one's, and its memory over this one's."]
-    headings = ["provider", "ms (p20 to p80)", "x", "images/s", "peak MiB", "x", "of GEMM peak", "text ms", "image ms"]
+    headings = [
+        "provider",
+        "ms (p20 to p80)",
+        "x",
+        "images/s",
+        "peak MiB",
+        "x",
+        "of GEMM peak",
+        "text ms",
+        "image ms",
+        "as a graph",
+    ]
     for (model, precision, classes, batch), group in _per(rows, "model", "precision", "classes", "batch").items():
         plain = next((row for row in group if row["provider"] == "truncated"), {})
         tflop = {"fast": _first(group, "fast", "tflop"), "compiled": plain.get("tflop")}
@@ -145,6 +156,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
                     _percent(of_peak),
                     row.get("text_ms"),
                     row.get("image_ms"),
+                    f"{row['graph_ms']:.4g} ({row['graph']})" if "graph_ms" in row else row.get("graph"),
                 ]
             )
         lines += ["", f"### {model} {precision}, {classes} classes, batch {batch}", "", *table(headings, cells)]
