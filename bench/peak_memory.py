@@ -3,8 +3,9 @@
 ``python bench/peak_memory.py PROVIDER CLASSES BATCH [METHOD [MEMORY [DTYPE]]]``
 
 Prints JSON: ``seconds`` of the faster step; ``activations_mib``, the peak during the steps above what the process held
-before them (Python, PyTorch, weights, inputs), and ``process_mib``, the peak of the whole process. Linux reads both off
-the kernel's high-water mark, which is reset before the first step; building the model does not count.
+before them (Python, PyTorch, weights, inputs), and of the fast engine ``predicted_mib``, that by its formula;
+``process_mib``, the peak of the whole process. Linux reads both off the kernel's high-water mark, which is reset before
+the first step; building the model does not count.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main(
         loss.backward()
         seconds.append(time.perf_counter() - start)
     peak = status_mib("VmHWM")
-    return {
+    found = {"predicted_mib": round(model.predict_peak_memory(batch) / 2**20, 1)} if provider == "fast" else {}
+    return found | {
         "activations_mib": round(peak - before, 1),
         "process_mib": round(peak, 1),
         "seconds": round(min(seconds), 3),

@@ -221,7 +221,7 @@ def test_groups_follow_memory(monkeypatch):
     import upt_fast.model
 
     _, fast = pair("cocoop")
-    with_gradients, without = (fast.text_tower.bytes_per_set(fast._classes, backward) for backward in (True, False))
+    with_gradients, without = (sum(fast.text_tower.need(fast._classes, backward)) for backward in (True, False))
     assert without < with_gradients
     monkeypatch.setattr(upt_fast.model, "TEXT_BYTES", 4 * with_gradients)
     assert [fast._group(batch) for batch in (1, 4, 5, 8, 9)] == [1, 4, 3, 4, 3]

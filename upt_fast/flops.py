@@ -262,7 +262,7 @@ class _TextCost:
             return text_batch
         blocks = tuple(_on_meta(block) for block in self.text.blocks)
         tower = TextTower(dataclasses.replace(self.text, blocks=blocks), torch.float32)
-        return max(1, TEXT_BYTES // tower.bytes_per_set(self.packed, backward=self.grad))
+        return max(1, TEXT_BYTES // sum(tower.need(self.packed, backward=self.grad)))
 
 
 def _on_meta(value: Any) -> Any:

@@ -21,6 +21,7 @@ from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template, tokenize_words
 from upt_fast.config import MethodConfig, UPTConfig, require_choice, require_int
 from upt_fast.graphs import GraphedStep
+from upt_fast.memory import peak
 from upt_fast.methods import Method, find_method, list_methods
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 from upt_fast.towers.blocks import MEMORY_LEVELS
@@ -104,7 +105,7 @@ class FastPromptedCLIP(nn.Module):
             dtype = fp8.ROWS
         self.backend = dispatch.resolve(backend)
         self.tokenizer, self.text_batch = tokenizer, text_batch
-        self.text_context = clip.text.context
+        self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
         self.prompt_learner = found.load()(self.config, _setting(clip, clean_classnames(classnames), tokenizer))
         if hasattr(self.prompt_learner, "backend"):
             object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
@@ -248,6 +249,31 @@ class FastPromptedCLIP(nn.Module):
         self._join_texts()
         return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self.backend).mean()
 
+    def predict_peak_memory(self, batch_size: int) -> int:
+        """Bytes that a training step is going to need at its peak, beside the weights and the images.
+
+        By a formula (upt_fast/memory.py) that holds to within 15 % for tensors alive; what the allocator holds back,
+        and on a GPU the workspaces of its libraries, come on top.
+
+        Args:
+            batch_size: B.
+        Raises:
+            ValueError: batch_size below 1.
+        """
+        require_int("batch_size", batch_size, 1)
+        learner, features = self.prompt_learner, self.logit_scale.new_zeros(1, self.embed_dim)
+        with torch.enable_grad():
+            text, visual = learner(features) if learner.by_image else learner()
+        grads = [p is not None and p.requires_grad for p in (text, visual)]
+        length, depth = (0, 1) if visual is None else (visual.shape[2], visual.shape[1])
+        vision = self.vision_tower.need(batch_size, length, depth, grads[1])
+        if learner.templates is not None:
+            return peak(vision)
+        sets = min(self._group(batch_size), batch_size) if learner.by_image else 1
+        return peak(
+            vision, self.text_tower.need(self._classes, grads[0], sets, None if text is None else text.shape[1])
+        )
+
     def make_graphed_step(
         self,
         optimizer: torch.optim.Optimizer,
@@ -351,7 +377,7 @@ class FastPromptedCLIP(nn.Module):
         if self.text_batch is not None:
             return self.text_batch
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.prompt_learner.parameters())
-        fitting = max(1, TEXT_BYTES // self.text_tower.bytes_per_set(self._classes, backward=grad))
+        fitting = max(1, TEXT_BYTES // sum(self.text_tower.need(self._classes, backward=grad)))
         groups = -(-batch // fitting)
         return max(1, -(-batch // max(1, groups)))  # of equal size
 

@@ -256,15 +256,17 @@ class FrozenBlocks(nn.Module):
         weights = self._linear_weight("fc", i), self.fc_bias[i], self._linear_weight("proj", i), self.proj_bias[i]
         return ops.linear_gelu(h, *weights, self.activation, self.memory == "balanced", self.backend)
 
-    def workspace(self, label: str = "rows", checkpointed: bool = True) -> Workspace:
+    def workspace(self, label: str = "rows", checkpointed: bool = True, end: int | None = None) -> Workspace:
         """Memory for one pass through the layers.
 
         Args:
             label: of the kind of pass.
             checkpointed: whether :meth:`run` runs the layers, which recomputes them where memory is "lean".
+            end: the layer before which the pass ends; None: the last.
         """
         keeps = not (checkpointed and self.memory == "lean")
-        return Workspace(self.num_layers - 1 if keeps else 0, self._pool, label)
+        end = self.num_layers - 1 if end is None else min(end, self.num_layers - 1)
+        return Workspace(end if keeps else 0, self._pool, label)
 
     def train(self, mode: bool = True) -> FrozenBlocks:
         if not mode:

@@ -15,6 +15,7 @@ from upt_fast import ops
 from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.tokens import ClassTokens
 from upt_fast.layout import PackedLayout
+from upt_fast.memory import Need, tower_need
 from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
 from upt_fast.towers.packing import PackedClasses, RepeatedClasses
 from upt_fast.workspace import Workspace
@@ -79,21 +80,19 @@ class TextTower(nn.Module):
         repeated = packed.repeated(len(prompts), with_places=self.blocks.streams)
         return self(prompts, repeated).unflatten(0, (len(prompts), -1))
 
-    def bytes_per_set(self, packed: PackedClasses, backward: bool) -> int:
-        """About what one more set of prompts adds to the peak memory of :meth:`for_sets`.
+    def need(self, packed: PackedClasses, backward: bool, sets: int = 1, depth: int | None = None) -> Need:
+        """Memory of a step's pass; see upt_fast/memory.py.
 
         Args:
             packed: the classes of one set.
-            backward: whether what backward needs is kept.
+            backward: whether there is a gradient.
+            sets: S sets of prompts for them.
+            depth: layers with prompts of their own; None: all.
         """
-        blocks = self.blocks
-        rows, hidden = len(packed.rows), blocks.fc_bias.shape[1]
-        layer = (
-            6 * blocks.width + hidden
-        )  # inputs of the LayerNorms, q, k, v, attention's output; the activation's input
-        kept = {"fast": layer, "balanced": 6 * blocks.width, "lean": blocks.width}[blocks.memory]
-        numbers = blocks.num_layers * kept if backward else 0
-        return rows * (numbers + 2 * layer) * packed.rows.dtype.itemsize
+        own, shared, layers = len(packed.rows), packed.num_shared, self.blocks.num_layers
+        depth = layers if depth is None else depth
+        rows = [sets * (own + (shared if depth - 1 <= i < layers - 1 else 0)) for i in range(layers)]
+        return tower_need(self.blocks, rows, backward, text=True, constant=not packed.num_inner)
 
     def forward(self, prompts: Tensor | None, packed: Packed) -> Tensor:
         """Features of the classes.

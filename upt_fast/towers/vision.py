@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from upt_fast import ops
 from upt_fast.clip.frozen import FrozenVision
+from upt_fast.memory import Need, tower_need
 from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
 from upt_fast.workspace import Workspace
 
@@ -106,6 +107,20 @@ class VisionTower(nn.Module):
             return self.head(x[:, 0])
         return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
 
+    def need(self, batch_size: int, length: int, depth: int, backward: bool) -> Need:
+        """Memory of a step's pass; see upt_fast/memory.py.
+
+        Args:
+            batch_size: B images.
+            length: n prompts of an image.
+            depth: layers with prompts of their own.
+            backward: whether there is a gradient.
+        """
+        layers, own = self.blocks.num_layers, 1 + len(self.positions)
+        replaced = depth if depth >= layers else depth - 1
+        rows = [batch_size * (own + (length if i >= replaced else 0)) for i in range(layers)]
+        return tower_need(self.blocks, rows, backward, key_rows=batch_size * length if replaced else 0)
+
     def _run(self, x: Tensor, entering: list[Tensor], set_index: Tensor | None) -> Tensor:
         """The pooled rows (B, ., w) after all layers; prompts that the next layer replaces are keys and values only.
 
@@ -119,10 +134,12 @@ class VisionTower(nn.Module):
         # in layer depth - 1 prompts become rows, unless no later layer reads those
         key_value_only = depth if depth > last else depth - 1
         prompt_kv = blocks.prompt_kv(torch.stack(entering[:key_value_only])) if key_value_only and length else None
-        first_row, workspace = 0, blocks.workspace(checkpointed=False)
+        first_row, workspace = 0, blocks.workspace(checkpointed=False, end=key_value_only if length else None)
         for i in range(blocks.num_layers):
             if i == key_value_only and length:
                 x, first_row = ops.prepend_rows(entering[i], x, set_index), length
+                workspace.end_forward()
+                workspace = blocks.workspace(checkpointed=False)
             prefix = None if prompt_kv is None or i >= key_value_only else prompt_kv[i]
             if i < last:
                 x = blocks.layer(i, x, prefix, set_index, workspace)

@@ -260,6 +260,11 @@ def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData)
         f"{len(data.val)} for validation" if data.val else "none for validation",
         len(data.test),
     )
+    logger.info(
+        "a step of %d images needs about %.2f GiB beside the weights",
+        config.batch_size,
+        model.predict_peak_memory(config.batch_size) / GIB,
+    )
     trainer.fit()
     return _finish(config, out, model, trainer.state, data)
 
