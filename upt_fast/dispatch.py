@@ -43,8 +43,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_residual": ("torch",),
     "mlp": ("torch",),
     "block": ("torch",),
-    "prefix_attention": ("torch",),
-    "packed_attention": ("torch",),
+    "prefix_attention": ("triton", "torch"),
+    "packed_attention": ("triton", "torch"),
 }
 # (op, device type) -> the backend that was measured to be faster than torch there; see docs/kernels.md
 MEASURED: dict[tuple[str, str], str] = {}

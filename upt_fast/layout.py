@@ -62,3 +62,44 @@ class BufferPlaces(NamedTuple):
                 source += range(first_own, first_own + length)
             bounds.append(len(first_rows))
         return cls(*(torch.tensor(t, dtype=torch.int64) for t in (source, own_rows, first_rows, bounds)))
+
+
+TILE_ROWS = 32
+
+
+class PackedTiles(NamedTuple):
+    """Packed classes divided into tiles of whole classes of one set.
+
+    With the shared rows in front a tile has at most TILE_ROWS rows; a class that does not fit is a tile of its own.
+    """
+
+    tiles: Tensor  # (T, 5) int32: first row, end row, first class, end class, set
+    classes: Tensor  # (C, 5) int32, the same with a class each
+    first_rows: Tensor  # (N,) int32: for each row the first of its class
+    longest: int  # rows of the longest class
+    prefix: int  # P, shared rows in front of each class
+    sets: int  # S
+
+    @classmethod
+    def of(cls, layout: PackedLayout, prefix: int) -> PackedTiles:
+        """The tiles for P = prefix shared rows in front of every class."""
+        tiles: list[list[int]] = []
+        classes: list[list[int]] = []
+        first_rows: list[int] = []
+        for s, runs in enumerate(layout.sets):
+            for length in (length for count, length in runs for _ in range(count)):
+                row, number = len(first_rows), len(classes)
+                first_rows += [row] * length
+                classes.append([row, row + length, number, number + 1, s])
+                if tiles and tiles[-1][4] == s and prefix + row + length - tiles[-1][0] <= TILE_ROWS:
+                    tiles[-1][1], tiles[-1][3] = row + length, number + 1
+                else:
+                    tiles.append(list(classes[-1]))
+        longest = max((end - first for first, end, *_ in classes), default=0)
+        numbers, of_classes, first = (torch.tensor(t, dtype=torch.int32) for t in (tiles, classes, first_rows))
+        return cls(numbers.view(-1, 5), of_classes.view(-1, 5), first, longest, prefix, len(layout.sets))
+
+    def to(self, device: torch.device | str) -> PackedTiles:
+        """The same with tensors on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("tiles", "classes", "first_rows")}
+        return self._replace(**tensors)

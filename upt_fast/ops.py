@@ -6,7 +6,10 @@ here or, where they have a backward of their own, in functions.py and frozen_blo
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ from upt_fast import cpu_ops, dispatch, fp8, frozen_block, functions, memory_eff
 from upt_fast.cpu_ops import FrozenWeight
 from upt_fast.fp8 import Fp8Weight
 from upt_fast.frozen_block import BlockWeights, MLPWeights
-from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.layout import BufferPlaces, PackedLayout, PackedTiles
 from upt_fast.workspace import Workspace
 
 
@@ -378,6 +381,7 @@ def prefix_attention(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     set_index: Tensor | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """Attention of each image's queries over [shared prefix ; own rows], without mask.
 
@@ -388,9 +392,14 @@ def prefix_attention(
         prefix_k: (S, P, H, K) keys of S prompt sets, or None.
         prefix_v: (S, P, H, K) values, or None.
         set_index: (B,) int64, each image's set; None where S is 1.
+        backend: see upt_fast/dispatch.py.
     Returns:
         (B, Q, H, K)
     """
+    if dispatch.choose("prefix_attention", backend, q) == "triton":
+        from upt_fast.kernels import prompt_attention as kernel
+
+        return kernel.prefix_attention(*_autocast(q, k, v, prefix_k, prefix_v), set_index)
     if prefix_k is not None and prefix_v is not None:
         k = prepend_rows(prefix_k, k, set_index)
         v = prepend_rows(prefix_v, v, set_index)
@@ -412,7 +421,14 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: PackedLayout
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    layout: PackedLayout,
+    backend: str = "torch",
+    tiles: PackedTiles | None = None,
 ) -> Tensor:
     """Causal attention of packed class rows over [the set's shared prefix ; the class's own rows so far].
 
@@ -423,9 +439,16 @@ def packed_attention(
         prefix_k: (S, P, H, K) keys in front of every class of a set.
         prefix_v: (S, P, H, K) values.
         layout: how the N rows divide into S sets of classes.
+        backend: see upt_fast/dispatch.py.
+        tiles: the layout's for this P, on q's device; None: divided once and kept. Only "triton" looks at them.
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
+    if dispatch.choose("packed_attention", backend, q) == "triton":
+        from upt_fast.kernels import packed_attention as kernel
+
+        tiles = _packed_tiles(layout, prefix_k.shape[1], str(q.device)) if tiles is None else tiles
+        return kernel.packed_attention(*_autocast(q, k, v, prefix_k, prefix_v), tiles)
     if _compiled_attention(q, k, v, prefix_k, prefix_v):
         return frozen_block.PackedAttention.apply(q, k, v, prefix_k, prefix_v, layout)
     last_only = q.shape[0] != k.shape[0]
@@ -454,6 +477,19 @@ def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
     if q.device.type != "cpu" or functions.op_by_op(q) or any(t.dtype != q.dtype for t in others):
         return False
     return not cpu_ops.refusal(q.dtype, q.shape[-2] * q.shape[-1])
+
+
+def _autocast(*tensors: Tensor | None) -> Iterator[Any]:
+    """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: custom ops are not cast."""
+    device = next(t.device.type for t in tensors if t is not None)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (t if t is None or dtype is None else t.to(dtype) for t in tensors)
+
+
+@functools.lru_cache(maxsize=64)
+def _packed_tiles(layout: PackedLayout, prefix: int, device: str) -> PackedTiles:
+    with torch.inference_mode(False):  # they may be needed for gradients later
+        return PackedTiles.of(layout, prefix).to(device)
 
 
 def contrastive_loss(

@@ -186,6 +186,27 @@ def _buffer_attention(
     return partial(ops.buffer_attention, q, k, v, layout, PREFIX)
 
 
+def _prefix_attention(
+    batch: int, tokens: int, prompts: int, heads: int, width: int, sets: int, pooled: bool, numbers: Numbers
+) -> Callable[[str], Any]:
+    q, k, v = numbers.parts(batch, tokens, 3, heads, width, dim=2)
+    q = (q * width**-0.5)[:, : 1 if pooled else None].detach().requires_grad_()
+    prefixes = numbers.parts(sets, prompts, 2, heads, width, dim=2)
+    numbers.leaves += q, k, v, *prefixes
+    set_index = None if sets == 1 else numbers.integers(sets, batch)
+    return partial(ops.prefix_attention, q, k, v, *prefixes, set_index)
+
+
+def _packed_attention(
+    layout: PackedLayout, heads: int, width: int, pooled: bool, numbers: Numbers
+) -> Callable[[str], Any]:
+    q, k, v = numbers.parts(layout.num_rows, 3, heads, width, dim=1)
+    q = (q * width**-0.5)[: layout.num_classes if pooled else None].detach().requires_grad_()
+    prefixes = numbers.parts(len(layout.sets), PREFIX, 2, heads, width, dim=2)
+    numbers.leaves += q, k, v, *prefixes
+    return partial(ops.packed_attention, q, k, v, *prefixes, layout)
+
+
 def _contrastive_loss(images: int, classes: int, width: int, ranges: bool, numbers: Numbers) -> Callable[[str], Any]:
     features, half = (numbers(images, width), numbers(classes, width)), classes // 2
     labels, class_ranges = numbers.integers(half, images), None
@@ -241,6 +262,10 @@ def training_cases() -> Iterator[Case]:
         for pooled in (False, True):
             name = f"{model} {(32, tokens, heads, 64)}{' one query' * pooled}"
             yield Case("stream_attention", "", name, partial(_stream_attention, 32, tokens, heads, 64, pooled))
+            rows = tokens - 4  # the prompts are no rows here
+            name = f"{model} {(32, rows, heads, 64)} behind 4{' one query' * pooled}"
+            prefix = partial(_prefix_attention, 32, rows, 4, heads, 64, 1, pooled)
+            yield Case("prefix_attention", "prompt_attention", name, prefix)
         for classes in (100, 1000):
             layout, text_heads = packed_layout(classes), text_width // 64
             shape = (layout.num_rows, text_heads, 64)
@@ -249,6 +274,8 @@ def training_cases() -> Iterator[Case]:
             for pooled in (False, True):
                 attention = partial(_buffer_attention, layout, text_heads, 64, pooled)
                 yield Case("buffer_attention", "", f"{name}{' one query' * pooled}", attention)
+                packed = partial(_packed_attention, layout, text_heads, 64, pooled)
+                yield Case("packed_attention", "packed_attention", f"{name}{' one query' * pooled}", packed)
         for preset in ("paper", "released"):
             transform = partial(_prompt_transform, 12, text_width, width, preset, 1)
             name = f"{preset} {model} {(12, 8, text_width)}"
@@ -280,6 +307,12 @@ def small_cases() -> Iterator[Case]:
         name = f"one query {pooled}"
         found.append(("stream_attention", "", name, partial(_stream_attention, 2, 7, 2, 8, pooled)))
         found.append(("buffer_attention", "", name, partial(_buffer_attention, layout, 2, 8, pooled)))
+        for sets in (1, 2):
+            prefix = partial(_prefix_attention, 3, 7, 2, 2, 8, sets, pooled)
+            found.append(("prefix_attention", "prompt_attention", f"(3, 7, 2, 8) sets={sets} {name}", prefix))
+        for kind, classes in (("short", layout), ("long", PackedLayout((((2, 3), (1, 40)), ((1, 5),))))):
+            packed = partial(_packed_attention, classes, 2, 8, pooled)
+            found.append(("packed_attention", "packed_attention", f"{kind} {name}", packed))
     for ranges in (False, True):
         loss = partial(_contrastive_loss, 5, 8, 19, ranges)
         found.append(("contrastive_loss", "contrastive_loss", f"(5, 8, 19) ranges={ranges}", loss))

@@ -5,7 +5,16 @@ import torch
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
-from upt_fast.kernels import _launch, contrastive_loss, gelu, layer_norm, prompt_insert, prompt_transform
+from upt_fast.kernels import (
+    _launch,
+    contrastive_loss,
+    gelu,
+    layer_norm,
+    packed_attention,
+    prompt_attention,
+    prompt_insert,
+    prompt_transform,
+)
 from upt_fast.kernels._launch import Launch, launch, record, row_tile, rows_of
 
 META = torch.empty(6, 40, device="meta")
@@ -64,17 +73,16 @@ def test_record_ends_where_a_workload_fails():
     assert len(kernel.calls) == 1
 
 
+MODULES = (contrastive_loss, gelu, layer_norm, packed_attention, prompt_attention, prompt_insert, prompt_transform)
 WORKLOADS = {
-    f"{module.__name__.rpartition('.')[2]}: {name}": run
-    for module in (contrastive_loss, gelu, layer_norm, prompt_insert, prompt_transform)
-    for name, run in module.workloads()
+    f"{module.__name__.rpartition('.')[2]}: {name}": run for module in MODULES for name, run in module.workloads()
 }
 
 
 @pytest.mark.parametrize("tiles", ["gpu_tiles", "large_tiles"])
 def test_workloads_launch_on_meta_tensors(tiles, monkeypatch):
     """What a kernel file is compiled for in advance; nothing may be computed, as there are no numbers."""
-    for module in (_launch, contrastive_loss, gelu, prompt_insert, prompt_transform):
+    for module in (_launch, *MODULES):
         if hasattr(module, "INTERPRETED"):
             monkeypatch.setattr(module, "INTERPRETED", tiles == "large_tiles")
     for name, run in WORKLOADS.items():
