@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upt_fast.kernels import packed_attention as kernel
+from upt_fast.kernels.prompt_attention import attend
 
 from upt_fast import ops
 from upt_fast.layout import TILE_ROWS, PackedLayout, PackedTiles
@@ -325,31 +326,40 @@ def test_float64_is_refused():
 
 def op_inputs(name, last_only=False, grad=False):
     *inputs, layout = make(LAYOUTS[name], H=1, last_only=last_only)
-    tiles = PackedTiles.of(layout, 3).to(DEVICE)
-    return [*(t.requires_grad_(grad) for t in inputs), *tiles[:3]], tiles.longest
+    return [*(t.requires_grad_(grad) for t in inputs), *PackedTiles.of(layout, 3).to(DEVICE)[:3]]
 
 
-def bwd_inputs(name, *needs):
-    tensors, longest = op_inputs(name)
-    saved = [None, None] if longest < 20 else torch.ops.upt_fast.packed_attention_fwd(*tensors, longest)
-    return torch.randn_like(tensors[0]), *tensors, *saved, longest, *needs
+def long_inputs(grad=False):
+    """As packed_attention gives them to the kernels of prompt_attention."""
+    *tensors, _, classes, _ = op_inputs("long_and_short", grad=grad)
+    return *tensors, classes[:, 4], classes, 50
+
+
+def long_saved():
+    *tensors, longest = long_inputs()
+    return torch.randn_like(tensors[0]), *tensors, *attend(*tensors, longest), longest
+
+
+def bwd_inputs(name):
+    tensors = op_inputs(name)
+    return torch.randn_like(tensors[0]), *tensors
 
 
 OPCHECKS = {
-    "tiles": lambda: ("fwd", (*op_inputs("sets", grad=True)[0], 10)),
-    "last_rows": lambda: ("fwd", (*op_inputs("runs", last_only=True)[0], 12)),
-    "long": lambda: ("fwd", (*op_inputs("long_and_short", grad=True)[0], 50)),
-    "tiles_backward": lambda: ("bwd", bwd_inputs("sets", True, True, True)),
-    "tiles_backward_of_prefixes": lambda: ("bwd", bwd_inputs("sets", False, False, True)),
-    "long_backward": lambda: ("bwd", bwd_inputs("long_and_short", True, True, True)),
-    "long_backward_of_rows": lambda: ("bwd", bwd_inputs("long_and_short", True, True, False)),
+    "tiles": lambda: ("packed_attention_fwd", op_inputs("sets", grad=True)),
+    "last_rows": lambda: ("packed_attention_fwd", op_inputs("runs", last_only=True)),
+    "long": lambda: ("prefix_attention_fwd", long_inputs(grad=True)),
+    "tiles_backward": lambda: ("packed_attention_bwd", (*bwd_inputs("sets"), True, True, True)),
+    "tiles_backward_of_prefixes": lambda: ("packed_attention_bwd", (*bwd_inputs("sets"), False, False, True)),
+    "long_backward": lambda: ("prefix_attention_bwd", (*long_saved(), True, True, True)),
+    "long_backward_of_rows": lambda: ("prefix_attention_bwd", (*long_saved(), True, True, False)),
 }
 
 
 @pytest.mark.parametrize("case", OPCHECKS.values(), ids=OPCHECKS)
 def test_opcheck(case):
     name, inputs = case()
-    torch.library.opcheck(getattr(torch.ops.upt_fast, f"packed_attention_{name}"), tuple(inputs))
+    torch.library.opcheck(getattr(torch.ops.upt_fast, name), tuple(inputs))
 
 
 @pytest.mark.parametrize("name", ["sets", "long_and_short"])

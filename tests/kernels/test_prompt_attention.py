@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from upt_fast.kernels import prompt_attention as kernel
+from upt_fast.kernels._attention import dot_settings
 
 from upt_fast import ops
 from upt_fast.reference import ops as reference
@@ -122,10 +123,11 @@ def test_constants(needs, shape):
 
 def test_only_gradients_that_are_needed_are_computed():
     q, k, v, prefix_k, prefix_v, index = make(L=40, P=3, sets=(1, 0))
-    out, softmax = kernel.prefix_attention_fwd(q, k, v, prefix_k, prefix_v, index)
+    out, softmax = kernel.prefix_attention_fwd(q, k, v, prefix_k, prefix_v, index, None, 0)
     shapes = q.shape, k.shape, v.shape, (2, *prefix_k.shape)
+    saved = q, q, k, v, prefix_k, prefix_v, index, None, out, softmax, 0
     for needs in itertools.product((False, True), repeat=3):
-        gradients = kernel.prefix_attention_bwd(q, q, k, v, prefix_k, prefix_v, index, out, softmax, *needs)
+        gradients = kernel.prefix_attention_bwd(*saved, *needs)
         computed = (needs[0], needs[1], needs[1], needs[2])
         assert [g.shape for g in gradients] == [s if c else (0,) for s, c in zip(shapes, computed, strict=True)]
 
@@ -173,8 +175,9 @@ def test_nothing_to_do(shape):
 @pytest.mark.parametrize("Q", [None, 1])
 def test_log_sum_exp(Q):
     q, k, v, prefix_k, prefix_v, index = make(B=3, Q=Q, L=37, P=3, sets=(1, 0, 1))
-    _, softmax = kernel.prefix_attention_fwd(q, k, v, prefix_k, prefix_v, index)
-    lse = softmax[:, :, 0].double() + softmax[:, :, 1].double().log()
+    _, softmax = kernel.prefix_attention_fwd(q, k, v, prefix_k, prefix_v, index, None, 0)
+    largest, total = softmax.double().view(2, 2, 3, -1).transpose(1, 2)  # (B, H, Q)
+    lse = largest + total.log()
     keys = torch.cat([prefix_k[index], k], dim=1).double()
     assert relative_rms(lse, torch.einsum("bqhk,blhk->bhql", q.double(), keys).logsumexp(-1)) <= 1e-6
 
@@ -289,13 +292,13 @@ def test_float64_is_refused():
 
 def saved_inputs(sets=None, **shape):
     inputs = make(sets=sets, **shape)
-    return torch.randn_like(inputs[0]), *inputs, *kernel.prefix_attention_fwd(*inputs)
+    return torch.randn_like(inputs[0]), *inputs, None, *kernel.prefix_attention_fwd(*inputs, None, 0), 0
 
 
 OPCHECKS = {
-    "forward": lambda: ("fwd", [leaf(t) for t in make()[:5]] + [None]),
-    "forward_sets": lambda: ("fwd", make(sets=(1, 0))),
-    "forward_rows_alone": lambda: ("fwd", [*make()[:3], None, None, None]),
+    "forward": lambda: ("fwd", [*(leaf(t) for t in make()[:5]), None, None, 0]),
+    "forward_sets": lambda: ("fwd", [*make(sets=(1, 0)), None, 0]),
+    "forward_rows_alone": lambda: ("fwd", [*make()[:3], None, None, None, None, 0]),
     "backward": lambda: ("bwd", (*saved_inputs(), True, True, True)),
     "backward_of_prefixes": lambda: ("bwd", (*saved_inputs((1, 0)), False, False, True)),
     "backward_of_rows": lambda: ("bwd", (*saved_inputs((1, 0)), True, True, False)),
@@ -323,10 +326,10 @@ def test_compiles(sets):
 
 def test_tf32_where_it_is_allowed():
     x, before = torch.empty(1, 64), torch.get_float32_matmul_precision()
-    assert kernel.dot_settings(x)["PRECISION"] == "ieee"
+    assert dot_settings(x)["PRECISION"] == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert kernel.dot_settings(x)["PRECISION"] == "tf32"
-        assert kernel.dot_settings(x.half())["PRECISION"] == "ieee"
+        assert dot_settings(x)["PRECISION"] == "tf32"
+        assert dot_settings(x.half())["PRECISION"] == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
