@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
+from upt_fast.layout import PackedTiles
 from upt_fast.testing import random_clip, relative_rms, xformers_on_cpu
 from upt_fast.verify import run_verify
 
@@ -59,6 +60,42 @@ def images(count=2, dtype=torch.float32):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_triton(options):
     close(*pair(**options, backend="triton"), images())
+
+
+ATTENTIONS = {"prefix_attention", "packed_attention"}
+INSERTIONS = {"prompt_insert", "insert_shared", "stream_attention", "buffer_attention"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "used", "unused"),
+    [
+        ("triton", ATTENTIONS, INSERTIONS),
+        ("triton,xformers", INSERTIONS, ATTENTIONS),
+        ("xformers", INSERTIONS, ATTENTIONS),
+    ],
+)
+def test_where_the_prompts_keys_and_values_are(backend, used, unused, monkeypatch):
+    """The kernels read them in place; beside xformers they are inserted."""
+    from upt_fast import ops
+
+    called = dict.fromkeys(used | unused, 0)
+
+    def count(name, op):
+        def counted(*args, **options):
+            # the propagating prompts' own rows are PyTorch's on each route
+            called[name] += args[-1] == backend or isinstance(args[-1], PackedTiles)
+            return op(*args, **options)
+
+        return counted
+
+    for name in called:
+        monkeypatch.setattr(ops, name, count(name, getattr(ops, name)))
+    with xformers_on_cpu():
+        _, fast = pair(backend=backend)
+        fast(images())
+    layers = {name: 2 * (name == "insert_shared") or 1 for name in used}  # keys and values
+    assert all(called[name] == 2 * layers[name] for name in used), called
+    assert not any(called[name] for name in unused), called
 
 
 @pytest.mark.parametrize("memory", ["balanced", "lean"])

@@ -78,8 +78,13 @@ def resolve(backend: str = AUTO) -> str:
 
 
 def uses_streams(backend: str) -> bool:
-    """Whether the towers keep token streams with reserved prompt rows, which is where kernels insert."""
+    """Whether the towers keep token streams whose last sum waits for the next LayerNorm, on which kernels work."""
     return backend != AUTO and backend != "torch"
+
+
+def copies_prompts(backend: str) -> bool:
+    """Whether streams have prompts in reserved rows or buffers, as xformers' attention needs them beside the others."""
+    return "xformers" in backend.split(",")
 
 
 def choose(op: str, backend: str, x: Tensor, dropout: float = 0.0) -> str:

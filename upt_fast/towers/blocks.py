@@ -72,6 +72,7 @@ class FrozenBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.backend, self.streams = backend, dispatch.uses_streams(backend)
+        self.copies_prompts = dispatch.copies_prompts(backend)
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
         self.quantized = quantized

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from upt_fast.clip.tokens import ClassTokens
-from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.layout import BufferPlaces, PackedLayout, PackedTiles
 
 
 class PackedClasses(nn.Module):
@@ -83,6 +83,10 @@ class PackedClasses(nn.Module):
         self._constant("prompt_positions", positional_embedding[1 : 1 + self.num_shared].to(dtype))
         for field, places in BufferPlaces.of(self.layout, 1 + self.num_shared)._asdict().items():
             self._constant(f"places_{field}", places.to(device))
+        tiles = PackedTiles.of(self.layout, 1 + self.num_shared)
+        self._tile_sizes = tiles[3:]
+        for field, tensor in zip(tiles._fields, tiles[:3], strict=False):
+            self._constant(f"tiles_{field}", tensor.to(device))
         # filled by the text tower: keys and values of the start token in every layer, layer 0's q, k, v of the rows
         self._constant("sos_kv", None)
         self._constant("first_qkv", None)
@@ -95,6 +99,9 @@ class PackedClasses(nn.Module):
     inverse: Tensor  # (C,) packed place of each class, in the order the user gave
     sos: Tensor  # (1, d)
     prompt_positions: Tensor  # (num_shared, d)
+    tiles_tiles: Tensor  # as in PackedTiles
+    tiles_classes: Tensor
+    tiles_first_rows: Tensor
     sos_kv: Tensor | None  # (L, 2, H, K)
     first_qkv: Tensor | None  # (3, N, H, K)
 
@@ -103,12 +110,17 @@ class PackedClasses(nn.Module):
         """Where the rows of [start token and shared prompts ; own rows] of all classes lie in one buffer."""
         return BufferPlaces(*(getattr(self, f"places_{name}") for name in BufferPlaces._fields))
 
+    @property
+    def tiles(self) -> PackedTiles:
+        """The classes behind [start token and shared prompts], by tiles."""
+        return PackedTiles(self.tiles_tiles, self.tiles_classes, self.tiles_first_rows, *self._tile_sizes)
+
     def repeated(self, sets: int, with_places: bool) -> PackedClasses | RepeatedClasses:
         """The same classes once for each of several prompt sets, set by set; those of the last two numbers are kept.
 
         Args:
             sets: S, at least 1.
-            with_places: whether ``places`` is needed.
+            with_places: whether ``places`` and ``tiles`` are needed.
         """
         assert len(self.layout.sets) == 1
         assert not self.per_class
@@ -130,10 +142,11 @@ class PackedClasses(nn.Module):
             return (index + steps).flatten(0, 1)
 
         layout = PackedLayout(self.layout.sets * sets)
-        places = None
+        places = tiles = None
         if with_places:
             of = BufferPlaces.of(layout, 1 + self.num_shared)
             places = BufferPlaces(*(t.to(self.rows.device) for t in of))
+            tiles = PackedTiles.of(layout, 1 + self.num_shared).to(self.rows.device)
         return RepeatedClasses(
             layout=layout,
             num_shared=self.num_shared,
@@ -149,6 +162,7 @@ class PackedClasses(nn.Module):
             # layer 0 is computed for one set and shared by all
             first_qkv=None if self.first_qkv is None else self.first_qkv.repeat(1, sets, 1, 1),
             places=places,
+            tiles=tiles,
         )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -175,3 +189,4 @@ class RepeatedClasses(NamedTuple):
     sos_kv: Tensor | None
     first_qkv: Tensor | None
     places: BufferPlaces | None
+    tiles: PackedTiles | None

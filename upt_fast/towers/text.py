@@ -175,7 +175,7 @@ class TextTower(nn.Module):
     def _stream_layer(
         self, i: int, x: Tensor, y: Tensor | None, prefix_kv: Tensor, packed: Packed
     ) -> tuple[Tensor, Tensor]:
-        """Layer i with keys and values in one buffer, [prefix ; own rows] for each class; the last layer pools."""
+        """Layer i of rows x and of y, which the last layer left to add; the last layer pools."""
         blocks = self.blocks
         eps, backend = blocks.eps_1[i], blocks.backend
         if i == 0 and packed.first_qkv is not None:
@@ -186,15 +186,16 @@ class TextTower(nn.Module):
             else:
                 x, h = ops.add_layer_norm(x, y, eps, backend)
             q, k, v = blocks.stream_qkv(i, h)
-        prefix = prefix_kv.shape[1]
-        assert packed.places is not None
-        keys, values = (
-            ops.insert_shared(own, shared, packed.places, backend)
-            for own, shared in zip((k, v), prefix_kv.unbind(2), strict=True)
-        )
         if i == blocks.num_layers - 1:
             x, q = x[packed.last_rows], q[packed.last_rows]
-        attended = ops.buffer_attention(q, keys, values, packed.layout, prefix, backend)
+        prefix_k, prefix_v = prefix_kv.unbind(2)
+        if blocks.copies_prompts:
+            assert packed.places is not None
+            keys = ops.insert_shared(k, prefix_k, packed.places, backend)
+            values = ops.insert_shared(v, prefix_v, packed.places, backend)
+            attended = ops.buffer_attention(q, keys, values, packed.layout, prefix_k.shape[1], backend)
+        else:
+            attended = ops.packed_attention(q, k, v, prefix_k, prefix_v, packed.layout, backend, packed.tiles)
         return blocks.stream_finish(i, x, attended)
 
     def _last_layer(self, i: int, x: Tensor, prefix_kv: Tensor, packed: Packed, workspace: Workspace) -> Tensor:

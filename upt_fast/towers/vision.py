@@ -130,17 +130,16 @@ class VisionTower(nn.Module):
             set_index: (B,) int64 or None.
         """
         blocks, last = self.blocks, self.blocks.num_layers - 1
-        depth, length = len(entering), entering[0].shape[1]
-        # in layer depth - 1 prompts become rows, unless no later layer reads those
-        key_value_only = depth if depth > last else depth - 1
-        prompt_kv = blocks.prompt_kv(torch.stack(entering[:key_value_only])) if key_value_only and length else None
-        first_row, workspace = 0, blocks.workspace(checkpointed=False, end=key_value_only if length else None)
+        length = entering[0].shape[1]
+        prompt_kv, prompt_rows = self._split(entering)
+        before_rows = None if prompt_rows is None else len(prompt_kv)
+        first_row, workspace = 0, blocks.workspace(checkpointed=False, end=before_rows)
         for i in range(blocks.num_layers):
-            if i == key_value_only and length:
-                x, first_row = ops.prepend_rows(entering[i], x, set_index), length
+            if prompt_rows is not None and i == before_rows:
+                x, first_row = ops.prepend_rows(prompt_rows, x, set_index), length
                 workspace.end_forward()
                 workspace = blocks.workspace(checkpointed=False)
-            prefix = None if prompt_kv is None or i >= key_value_only else prompt_kv[i]
+            prefix = prompt_kv[i] if i < len(prompt_kv) else None
             if i < last:
                 x = blocks.layer(i, x, prefix, set_index, workspace)
             else:
@@ -148,38 +147,74 @@ class VisionTower(nn.Module):
         workspace.end_forward()
         return x
 
+    def _split(self, entering: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """Keys and values (S, n, 2, H, K) of prompts that act as nothing else, and those (S, n, w) that become rows.
+
+        In the last prompted layer they become rows, unless no later layer reads those.
+        """
+        depth, length = len(entering), entering[0].shape[1]
+        if not length:
+            return [], None
+        key_value_only = depth if depth >= self.blocks.num_layers else depth - 1
+        rows = entering[key_value_only] if key_value_only < depth else None
+        if not key_value_only:
+            return [], rows
+        return list(self.blocks.prompt_kv(torch.stack(entering[:key_value_only])).unbind()), rows
+
     def _run_stream(self, x: Tensor, entering: list[Tensor], set_index: Tensor | None) -> Tensor:
-        """The same on one stream with reserved rows, into which each layer's prompts are inserted in place."""
+        """The same with each layer's last sum left to the next; beside xformers all prompts are rows, put in place."""
         blocks, length = self.blocks, entering[0].shape[1]
-        stream = x.new_empty(x.shape[0], length + x.shape[1], x.shape[2])
-        stream[:, length:] = x
         y: Tensor | None = None
-        x = stream
+        prompt_kv: list[Tensor] = []
+        prompt_rows = None
+        if blocks.copies_prompts:
+            stream = x.new_empty(x.shape[0], length + x.shape[1], x.shape[2])
+            stream[:, length:] = x
+            x, first_row = stream, length
+        else:
+            prompt_kv, prompt_rows = self._split(entering)
+            first_row = 0
         for i in range(blocks.num_layers):
-            prompts = entering[i] if i < len(entering) and length else None
-            x, y = blocks.run(self._stream_layer, i, x, y, prompts, set_index, length)
+            if i == len(prompt_kv) and prompt_rows is not None:
+                x, y = x if y is None else x + y, None
+                x, first_row = ops.prepend_rows(prompt_rows, x, set_index), length
+            prefix = prompt_kv[i] if i < len(prompt_kv) else None
+            inserted = entering[i] if blocks.copies_prompts and length and i < len(entering) else None
+            x, y = blocks.run(self._stream_layer, i, x, y, inserted, prefix, set_index, first_row)
         assert y is not None  # a tower has at least one layer
         return x + y
 
     def _stream_layer(
-        self, i: int, x: Tensor, y: Tensor | None, prompts: Tensor | None, set_index: Tensor | None, length: int
+        self,
+        i: int,
+        x: Tensor,
+        y: Tensor | None,
+        inserted: Tensor | None,
+        prefix: Tensor | None,
+        set_index: Tensor | None,
+        first_row: int,
     ) -> tuple[Tensor, Tensor]:
-        """Layer i of the stream x (B, n + 1 + G, w) and of y, which the last layer left to add; the last one pools."""
+        """Layer i of the stream x (B, ., w) and of y, which the last layer left to add; the last one pools."""
         blocks, last = self.blocks, self.blocks.num_layers - 1
         eps, backend = blocks.eps_1[i], blocks.backend
-        if prompts is not None:
+        if inserted is not None:
             if blocks.memory == "lean":
                 x = x.clone()  # what comes in is needed once more, to compute the layer again
-            x, h = ops.prompt_insert(x, y, prompts, set_index, eps, backend)
+            x, h = ops.prompt_insert(x, y, inserted, set_index, eps, backend)
         elif y is not None:
             x, h = ops.add_layer_norm(x, y, eps, backend)
         else:
             h = ops.layer_norm(x, eps, backend)
         q, k, v = blocks.stream_qkv(i, h)
         if i == last:
-            pooled = slice(length, length + 1) if self.pooling == "tok" else slice(length + 1, None)
+            pooled = slice(first_row, first_row + 1) if self.pooling == "tok" else slice(first_row + 1, None)
             x, q = x[:, pooled], q[:, pooled]
-        return blocks.stream_finish(i, x, ops.stream_attention(q, k, v, backend))
+        if blocks.copies_prompts:
+            attended = ops.stream_attention(q, k, v, backend)
+        else:
+            prefix_k, prefix_v = (None, None) if prefix is None else prefix.unbind(2)
+            attended = ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index, backend)
+        return blocks.stream_finish(i, x, attended)
 
     def _last_layer(
         self,
