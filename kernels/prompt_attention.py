@@ -48,7 +48,7 @@ from upt_fast.kernels._launch import DTYPES, Workload, launch
 FORWARD_TILES = {
     ("half", False): (64, 64, 4, 2),
     ("half", True): (64, 32, 4, 2),
-    ("tf32", False): (64, 32, 4, 2),
+    ("tf32", False): (32, 32, 8, 2),
     ("tf32", True): (64, 16, 4, 1),
     ("ieee", False): (32, 32, 8, 1),
     ("ieee", True): (16, 16, 8, 1),
@@ -56,17 +56,17 @@ FORWARD_TILES = {
 QUERY_TILES = {
     ("half", False): (64, 32, 4, 2),
     ("half", True): (64, 32, 4, 1),
-    ("tf32", False): (32, 16, 4, 1),
+    ("tf32", False): (16, 32, 4, 1),
     ("tf32", True): (32, 16, 4, 1),
     ("ieee", False): (16, 32, 8, 1),
     ("ieee", True): (16, 16, 8, 1),
 }
 KEY_TILES = {
-    ("half", False): (32, 64, 4, 2),
+    ("half", False): (64, 64, 4, 2),
     ("half", True): (32, 32, 4, 1),
     ("tf32", False): (32, 32, 4, 1),
     ("tf32", True): (16, 64, 8, 1),
-    ("ieee", False): (16, 32, 8, 1),
+    ("ieee", False): (16, 16, 8, 1),
     ("ieee", True): (16, 16, 8, 1),
 }
 
@@ -114,7 +114,7 @@ def _prefix_attention_fwd_kernel(
     L,
     P,
     H,
-    K,
+    K: tl.constexpr,
     PACKED: tl.constexpr,
     LAST_ONLY: tl.constexpr,
     HAS_SETS: tl.constexpr,
@@ -195,7 +195,7 @@ def _prefix_attention_bwd_queries_kernel(
     L,
     P,
     H,
-    K,
+    K: tl.constexpr,
     NEEDS_Q: tl.constexpr,
     PACKED: tl.constexpr,
     LAST_ONLY: tl.constexpr,
@@ -281,7 +281,7 @@ def _prefix_attention_bwd_keys_kernel(
     L,
     P,
     H,
-    K,
+    K: tl.constexpr,
     NEEDS_OWN: tl.constexpr,
     NEEDS_PREFIX: tl.constexpr,
     PACKED: tl.constexpr,
@@ -446,7 +446,7 @@ def prefix_attention_bwd(
     (dq, dk, dv), delta = empty_gradients(q, k, needs_q, needs_own), torch.empty_like(softmax[0])
     common |= {**rows_of_heads(dout=dout), "softmax_ptr": softmax, "delta_ptr": delta}
     programs = sequences * q.shape[-2]
-    tile = _tile(QUERY_TILES, q, common, BLOCK_M=common["Q"] <= 16)
+    tile = _tile(QUERY_TILES, q, common, BLOCK_M=common["Q"] <= 16 or not needs_q)
     grid = (triton.cdiv(common["Q"], tile["BLOCK_M"]) * programs,)
     queries = {"out_ptr": out, "dq_ptr": dq, "NEEDS_Q": needs_q}
     launch(_prefix_attention_bwd_queries_kernel, grid, **common, **queries, **tile)
@@ -561,6 +561,7 @@ def workloads() -> Iterator[Workload]:
         ("pooled", 1, 197, 12, 64),
         ("H/14", 257, 257, 16, 80),
         ("heads of 32", 785, 785, 12, 32),
+        ("heads of 48", 197, 197, 4, 48),
         ("heads of 128", 577, 577, 16, 128),
     ):
         yield from _workloads(name, (32, Q, H, K), (32, L, H, K), sets)
