@@ -20,12 +20,11 @@ from upt_fast.released import (
     checkpoint_path,
     export_checkpoint,
     import_checkpoint,
-    parse_options,
-    read_classnames,
     read_file,
     read_released,
     released_settings,
 )
+from upt_fast.released.commands import parse_options, read_classnames
 from upt_fast.testing import golden_clip, max_error
 from upt_fast.train.checkpoint import STATE_FILE
 from upt_fast.verify import method_of

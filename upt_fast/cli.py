@@ -442,7 +442,7 @@ def _demo(options: Namespace) -> int:
 
 
 def _import_checkpoint(options: Namespace) -> int:
-    from upt_fast.released import run_import
+    from upt_fast.released.commands import run_import
 
     run_import(
         options.file,
@@ -457,7 +457,7 @@ def _import_checkpoint(options: Namespace) -> int:
 
 
 def _export_checkpoint(options: Namespace) -> int:
-    from upt_fast.released import run_export
+    from upt_fast.released.commands import run_export
 
     run_export(options.checkpoint, options.out, epoch=options.epoch, clip=options.clip, pretrained=options.pretrained)
     return 0

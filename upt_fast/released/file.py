@@ -1,0 +1,180 @@
+"""A released checkpoint's file: which repository it is of, its tensors, and nothing run of what it names.
+
+Files are read with torch's weights_only. Dassl's schedulers keep their optimizer, so that ordinary checkpoints hold a
+few objects of known classes: each is read as an empty placeholder, and nothing that a file names is imported or run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Release:
+    """A method in its repository.
+
+    Args:
+        registered: name of the object that the trainer saves, which is a folder of its output.
+        trainer: name of the trainer.
+        section: of its options, below cfg.TRAINER.
+    """
+
+    registered: str
+    trainer: str
+    section: str
+
+
+RELEASES: dict[str, Release] = {
+    "upt": Release("prompt_learner", "Unified_v6", "COOP"),
+    "coop": Release("prompt_learner", "CoOp", "COOP"),
+    "cocoop": Release("prompt_learner", "CoCoOp", "COCOOP"),
+    "vpt_shallow": Release("model", "VPT_shallow", "COOP"),
+    "vpt_deep": Release("model", "VPT_deep", "COOP"),
+    "maple": Release("MultiModalPromptLearner", "MaPLe", "MAPLE"),
+    "ivlp": Release("VLPromptLearner", "IVLP", "IVLP"),
+    "mvpt": Release("prompt_learner", "VPT", "VPT"),
+}
+
+
+# whose registered object is the prompt learner; of the others it is the whole model
+LEARNER_ONLY = ("upt", "coop", "cocoop")
+
+
+PREFIX = "prompt_learner."
+
+
+TOKEN_NAMES = ("token_prefix", "token_suffix", "tokenized_prompts")
+
+
+FROZEN = ("image_encoder.", "text_encoder.", "clip_model.")
+
+
+class _Placeholder:
+    """Stands for an object of an optimizer's, scheduler's or number's class; keeps nothing."""
+
+    def __new__(cls, *_: Any) -> _Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+_OPTIMIZERS = ("torch.optim.sgd.SGD", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW", "torch.optim.rmsprop.RMSprop")
+
+
+_SCHEDULERS = (
+    *(f"torch.optim.lr_scheduler.{name}" for name in ("CosineAnnealingLR", "MultiStepLR", "StepLR")),
+    *(f"dassl.optim.lr_scheduler.{name}" for name in ("ConstantWarmupScheduler", "LinearWarmupScheduler")),
+)
+
+
+_NUMBERS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+
+
+_SAFE: list[Any] = [
+    *((_Placeholder, name) for name in (*_OPTIMIZERS, "dassl.optim.radam.RAdam", *_SCHEDULERS, *_NUMBERS)),
+    (_empty_dict, "collections.defaultdict"),
+    (dict, "builtins.dict"),
+]
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """What a file holds.
+
+    Args:
+        trained: by name without ``prompt_learner.``.
+        tokens: of TOKEN_NAMES, what there is.
+        frozen: number of tensors of the frozen CLIP.
+        whole: the registered object was the whole model.
+        epoch: epochs done, if the file says so.
+    """
+
+    trained: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    frozen: int
+    whole: bool
+    epoch: int | None
+
+
+def read_file(path: Path) -> ReleasedCheckpoint:
+    """Read and sort a checkpoint file, with torch's weights_only.
+
+    Raises:
+        ValueError: no file, another format, a damaged file, or objects in it that are not read.
+    """
+    values = _load(path)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} holds {type(values).__name__}; wanted a dict with 'state_dict', or a state dict")
+    state, epoch = values.get("state_dict", values), values.get("epoch")
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path}: state_dict is {state!r:.80}; wanted a dict of tensors")
+    trained: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    frozen, whole = 0, False
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {key!r} is {type(value).__name__}; wanted names with tensors: a state dict")
+        name = key
+        while name.startswith("module."):  # of DataParallel
+            name = name.removeprefix("module.")
+        whole |= name.startswith(PREFIX)
+        short = name.removeprefix(PREFIX)
+        is_prompt = short.rpartition(".")[2] in ("VPT", "VPT_shallow")
+        if not is_prompt and (short.startswith(FROZEN) or short == "logit_scale"):
+            frozen += 1
+            continue
+        kind = tokens if short in TOKEN_NAMES else trained
+        if short in kind:
+            raise ValueError(f"{path} holds {short!r} twice, as {key!r} too; wanted one state dict")
+        kind[short] = value.detach()
+    for name, value in trained.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ValueError(f"{path}: {name} is {value.dtype} or holds NaN or infinity; wanted finite numbers")
+    whole |= frozen > 0
+    return ReleasedCheckpoint(trained, tokens, frozen, whole, epoch if isinstance(epoch, int) else None)
+
+
+def _load(path: Path) -> Any:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; wanted the file in it, such as prompt_learner/model-best.pth.tar")
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        raise ValueError(
+            f"{path} is a safetensors file; wanted a released repository's .pth.tar (what this package saved is read "
+            "as it is: pass its folder as the checkpoint)"
+        )
+    try:
+        with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise many kinds
+        refused = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused is not None:
+            raise ValueError(
+                f"{path} holds more than tensors: {refused[1]}, which weights_only refuses, for objects can run code; "
+                "have whoever trained it save the tensors alone: "
+                "torch.save({'state_dict': checkpoint['state_dict'], 'epoch': checkpoint['epoch']}, FILE)"
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged or was not written by torch.save ({reason[:120]}); wanted a .pth.tar of a released "
+            "repository: copy or download it again"
+        ) from error
