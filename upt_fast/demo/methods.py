@@ -31,16 +31,15 @@ class DemoMethod:
     options: dict[str, Any]
 
 
-# TODO 0.2: cocoop, vpt_shallow, mvpt and maple have UPT's first 0.03, not measured yet (demo/choose_lr.py)
 DEMO_METHODS = {
     "coop": DemoMethod(0.001, {"n_ctx": 4, "ctx_init": WORDS}),
-    "cocoop": DemoMethod(0.03, {"n_ctx": 4, "ctx_init": WORDS}),
-    "vpt_shallow": DemoMethod(0.03, {"n_ctx": 4, "templates": TEMPLATE}),
+    "cocoop": DemoMethod(0.001, {"n_ctx": 4, "ctx_init": WORDS}),
+    "vpt_shallow": DemoMethod(0.001, {"n_ctx": 4, "templates": TEMPLATE}),
     # 24 rows over the image tower's 4 layers: 6 tokens each; with the only other number near 4, 3, it does worse
     "vpt_deep": DemoMethod(0.01, {"n_ctx": 2, "templates": TEMPLATE}),
-    "mvpt": DemoMethod(0.03, {"n_ctx": 4, "templates": TEMPLATE}),
+    "mvpt": DemoMethod(0.01, {"n_ctx": 4, "templates": TEMPLATE}),
     "ivlp": DemoMethod(0.01, {"n_text": 4, "n_visual": 4, "ctx_init": WORDS}),
-    "maple": DemoMethod(0.03, {"n_ctx": 4, "depth": None, "ctx_init": WORDS}),  # in 3 layers, all of the text tower's
+    "maple": DemoMethod(0.01, {"n_ctx": 4, "depth": None, "ctx_init": WORDS}),  # in 3 layers, all of the text tower's
     # as many image tokens as VPT-deep: 65.0; with 4 of them 64.9
     "upt": DemoMethod(0.02, {"n_text": 4, "n_visual": 6}),
 }
