@@ -212,12 +212,10 @@ class GraphedStep:
 
     def _record(self, two_streams: bool) -> tuple[CudaGraph, tuple[Tensor, Tensor], list[Tensor | None]]:
         assert self._inputs is not None
-        outputs: list[tuple[Tensor, Tensor]] = []
         images, labels = self._inputs
 
         def run() -> None:
             self._outputs = self._forward_backward(images, labels)
-            outputs[:] = [self._outputs]
             if self.optimizer_captured:
                 self._update()
 

@@ -31,6 +31,7 @@ from upt_fast.data.folder import ALL_IMAGES, FewShotSplit, ImageItem, few_shot_s
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, build_normalize
 from upt_fast.files import write_text
+from upt_fast.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.checkpoint import (
     LOCK_FILE,
@@ -339,6 +340,7 @@ class _Trainer:
             fused=self.device.type == "cuda" and config.cuda_graph,  # which a graph can hold
         )
         self.step = model.make_graphed_step(self.optimizer, config.batch_size, capture=config.cuda_graph)
+        self.said = NOT_YET  # of why steps run eagerly
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
         if restored := read_checkpoint(out):
             self.state, momentum = restored
@@ -401,8 +403,9 @@ class _Trainer:
         self.model.train()
         for step, (images, labels) in enumerate(to_device(self.loader, self.normalize, self.device)):
             loss, logits = self.step(images, labels)
-            if step == self.step.warmup and epoch == self.state.epoch and self.device.type == "cuda":
-                logger.info("steps run %s", f"eagerly: {self.step.reason}" if self.step.reason else "as a CUDA graph")
+            if self.device.type == "cuda" and self.step.reason != self.said:
+                self.said = self.step.reason
+                logger.info("steps run %s", f"eagerly: {self.said}" if self.said else "as a CUDA graph")
             meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
             interrupt.check()
         meter.flush()
