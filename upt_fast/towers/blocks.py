@@ -151,25 +151,29 @@ class FrozenBlocks(nn.Module):
 
     def weights(self, i: int) -> BlockWeights:
         """The weights of layer i."""
-        qkv, out, fc, proj = (self.weight(name, i) for name in ("qkv", "out", "fc", "proj"))
+        qkv, out, fc, proj = (self._frozen_weight(name, i) for name in ("qkv", "out", "fc", "proj"))
         mlp = MLPWeights(fc, self.fc_bias[i], proj, self.proj_bias[i], self.eps_2[i], self.activation)
         return BlockWeights(qkv, self.qkv_bias[i], out, self.out_bias[i], self.eps_1[i], self.num_heads, mlp)
 
-    def weight(self, name: str, i: int) -> FrozenWeight:
-        """Layer i's weight "qkv", "out", "fc" or "proj"."""
+    def weight(self, name: str, i: int) -> FrozenWeight | Fp8Weight:
+        """Layer i's weight "out", "fc" or "proj" as the ops take it, quantised or packed where it is."""
+        return self._fp8_weight(name, i) if self.quantized else self._frozen_weight(name, i)
+
+    def _frozen_weight(self, name: str, i: int) -> FrozenWeight:
         packed = self._packed.get((name, i))
         return FrozenWeight(getattr(self, f"{name}_weight")[i]) if packed is None else packed
 
+    def _fp8_weight(self, name: str, i: int) -> Fp8Weight:
+        return Fp8Weight(*(getattr(self, f"{name}_{field}")[i] for field in Fp8Weight._fields))
+
     def _linear_weight(self, name: str, i: int) -> Tensor | Fp8Weight:
-        """Layer i's weight "out", "fc" or "proj" (quantised also "q" or "kv"), not packed."""
-        if self.quantized:
-            return Fp8Weight(*(getattr(self, f"{name}_{field}")[i] for field in Fp8Weight._fields))
-        return getattr(self, f"{name}_weight")[i]
+        """Layer i's weight "out", "fc" or "proj", not packed."""
+        return self._fp8_weight(name, i) if self.quantized else getattr(self, f"{name}_weight")[i]
 
     def _qkv_weight(self, i: int) -> Tensor | tuple[Fp8Weight, Fp8Weight]:
         """Layer i's weight as ops.qkv takes it."""
         if self.quantized:
-            return self._linear_weight("q", i), self._linear_weight("kv", i)  # type: ignore[return-value]
+            return self._fp8_weight("q", i), self._fp8_weight("kv", i)
         return self.qkv_weight[i]
 
     def _pack(self) -> None:
@@ -222,14 +226,12 @@ class FrozenBlocks(nn.Module):
             attended: (..., H, K) attention's output for these rows.
             workspace: memory of this pass.
         """
-        out = self._linear_weight("out", i) if self.quantized else self.weight("out", i)
-        x = ops.linear_residual(x, attended.flatten(-2), out, self.out_bias[i])
+        x = ops.linear_residual(x, attended.flatten(-2), self.weight("out", i), self.out_bias[i])
         return self.mlp(i, x, workspace)
 
     def mlp(self, i: int, x: Tensor, workspace: Workspace) -> Tensor:
         """The MLP of layer i with its residual, for rows (..., D)."""
-        weight = self._linear_weight if self.quantized else self.weight
-        weights = (weight("fc", i), self.fc_bias[i], weight("proj", i), self.proj_bias[i])
+        weights = (self.weight("fc", i), self.fc_bias[i], self.weight("proj", i), self.proj_bias[i])
         recompute = self.memory == "balanced"
         return ops.mlp(x, *weights, self.eps_2[i], self.activation, recompute=recompute, workspace=workspace, layer=i)
 
