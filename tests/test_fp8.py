@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from upt_fast import FastPromptedCLIP, FastUPT, fp8, info, ops
+from upt_fast.closeness import relative_rms
 from upt_fast.fp8 import Fp8Weight, quantize_rows
-from upt_fast.testing import build, random_clip, relative_rms
+from upt_fast.testing import build, random_clip
 from upt_fast.towers.text import TextTower
 
 CPU = torch.device("cpu")  # any processor runs it

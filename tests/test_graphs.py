@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import graphs
-from upt_fast.testing import build, random_clip, relative_rms
+from upt_fast.closeness import relative_rms
+from upt_fast.testing import build, random_clip
 from upt_fast.train.schedule import WarmupCosineLR
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

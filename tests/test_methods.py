@@ -13,11 +13,12 @@ from torch import nn
 
 from upt_fast import FastPromptedCLIP, FastUPT, list_methods, register_method
 from upt_fast.clip.tokens import clip_tokenizer
+from upt_fast.closeness import max_error, relative_rms
 from upt_fast.config import MethodConfig
 from upt_fast.methods import BUILTIN_METHODS, find_method
 from upt_fast.prompts import LearnerSetting, PromptLearner, Prompts
 from upt_fast.reference import METHODS, ReferencePromptedCLIP
-from upt_fast.testing import build, max_error, random_clip, relative_rms, xformers_on_cpu
+from upt_fast.testing import build, random_clip, xformers_on_cpu
 
 NAMES = ["cat", "golden_retriever", "hard-leaved pocket orchid", "dog"]
 SMALL = dict(

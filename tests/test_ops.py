@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upt_fast import dispatch, ops
+from upt_fast.closeness import relative_rms
 from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference
-from upt_fast.testing import relative_rms
 from upt_fast.workspace import Workspace
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT, UPTConfig
+from upt_fast.closeness import max_error, relative_rms
 from upt_fast.files import load_safetensors
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
 from upt_fast.reference.model import ReferencePromptLearner
-from upt_fast.testing import golden_clip, max_error, relative_rms
+from upt_fast.testing import golden_clip
 
 GOLDEN = Path(__file__).parent / "golden"
 DEPTHS = {"paper": [(1, 1), (3, 3), (1, 3), (4, 2)], "released": [(1, 1)]}

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
+from upt_fast.closeness import relative_rms
 from upt_fast.layout import PackedTiles
-from upt_fast.testing import random_clip, relative_rms, xformers_on_cpu
+from upt_fast.testing import random_clip, xformers_on_cpu
 from upt_fast.verify import run_verify
 
 NAMES = ["cat", "dog", "aeroplane", "traffic light", "x"]

@@ -7,7 +7,8 @@ import torch
 
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import tokenize_classnames
-from upt_fast.testing import random_clip, relative_rms
+from upt_fast.closeness import relative_rms
+from upt_fast.testing import random_clip
 from upt_fast.towers import TextTower, VisionTower
 from upt_fast.towers.blocks import MEMORY_LEVELS, FrozenBlocks, fold_norm
 

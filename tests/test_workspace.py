@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT, functions, ops, workspace
-from upt_fast.testing import random_clip, relative_rms
+from upt_fast.closeness import relative_rms
+from upt_fast.testing import random_clip
 from upt_fast.workspace import MemoryPool, Workspace, pieces
 
 LIKE = torch.empty(0)

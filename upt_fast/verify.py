@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast import fp8
+from upt_fast.closeness import max_error, relative_rms
 from upt_fast.config import require_choice
 from upt_fast.files import load_safetensors
 from upt_fast.methods import find_method, list_methods
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.reference import ReferencePromptedCLIP
 from upt_fast.reference.zeroshot import ReferenceZeroShot
-from upt_fast.testing import golden_clip, max_error, relative_rms
+from upt_fast.testing import golden_clip
 
 DTYPES = {
     "float64": torch.float64,

@@ -13,7 +13,7 @@ from gpu.models import FAST, Clips, gradients, step
 from gpu.record import Task
 from torch import Tensor
 
-from upt_fast.testing import relative_rms
+from upt_fast.closeness import relative_rms
 
 ALLOWED = 1.5  # times the error of the plain reference in the same precision
 ALLOWED_DRY = 3.0  # a dry run has too few numbers for the sharp bound

@@ -14,11 +14,11 @@ from gpu.models import NAME_LENGTHS
 from torch import Tensor
 
 from upt_fast import ops
+from upt_fast.closeness import relative_rms
 from upt_fast.config import UPTConfig
 from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
-from upt_fast.testing import relative_rms
 
 EPS = 1e-5
 PREFIX = 5  # rows in front of each class: the start token and four prompts

@@ -5,8 +5,8 @@ import torch
 from upt_fast.kernels import contrastive_loss as kernel
 from upt_fast.kernels._launch import record
 
+from upt_fast.closeness import relative_rms
 from upt_fast.reference import ops as reference
-from upt_fast.testing import relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of the loss, of the gradients; bfloat16 runs upcast in the interpreter

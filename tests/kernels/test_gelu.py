@@ -5,8 +5,8 @@ import torch
 from upt_fast.kernels import gelu as kernel
 
 from upt_fast import ops
+from upt_fast.closeness import relative_rms
 from upt_fast.reference import ops as reference
-from upt_fast.testing import relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of the output, of the gradient; the interpreter has no bfloat16

@@ -15,8 +15,8 @@ from upt_fast.kernels._launch import SMALLEST_LIMIT, record, shared_limit
 from upt_fast.kernels.linear_gelu import TILES, Tile
 
 from upt_fast import ops
+from upt_fast.closeness import relative_rms
 from upt_fast.reference import ops as reference
-from upt_fast.testing import relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter has no bfloat16

@@ -8,9 +8,9 @@ from upt_fast.kernels import packed_attention as kernel
 from upt_fast.kernels.prompt_attention import attend
 
 from upt_fast import ops
+from upt_fast.closeness import relative_rms
 from upt_fast.layout import TILE_ROWS, PackedLayout, PackedTiles
 from upt_fast.reference import ops as reference
-from upt_fast.testing import relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of outputs, and of gradients, where scores' gradients that nearly cancel keep the rounding of the output;

@@ -9,9 +9,9 @@ from upt_fast.kernels import _launch
 from upt_fast.kernels import prompt_insert as kernel
 
 from upt_fast import ops
+from upt_fast.closeness import relative_rms
 from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference
-from upt_fast.testing import relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of outputs, of gradients; the interpreter has no bfloat16

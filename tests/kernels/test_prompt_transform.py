@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 
 from upt_fast.kernels.prompt_transform import _bwd, _fwd, prompt_transform
 
+from upt_fast.closeness import relative_rms
 from upt_fast.config import UPTConfig
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
-from upt_fast.testing import relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # relative RMS of outputs and of gradients

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from upt_fast.closeness import max_error
 from upt_fast.files import load_safetensors
 from upt_fast.reference import METHODS, ReferencePromptedCLIP
-from upt_fast.testing import golden_clip, max_error
+from upt_fast.testing import golden_clip
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(p.stem for p in GOLDEN.glob("*.json") if not p.stem.startswith("clip_"))
