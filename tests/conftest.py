@@ -7,6 +7,8 @@ import sys
 # wait for busy cores make the suite twenty times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# which way runs is not left to a timing: tests name it
+os.environ.setdefault("UPT_FAST_MEASURE", "0")
 
 import hypothesis
 import pytest

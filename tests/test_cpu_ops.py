@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import cpu_ops, ops
-from upt_fast.cpu_ops import FrozenWeight, pack
+from upt_fast.closeness import relative_rms
+from upt_fast.cpu_ops import PANELS, FrozenWeight, pack
 from upt_fast.frozen_block import BlockWeights, MLPWeights
 from upt_fast.layout import PackedLayout
 from upt_fast.reference import ops as reference
-from upt_fast.testing import build, random_clip, relative_rms
+from upt_fast.testing import build, random_clip
 from upt_fast.workspace import Workspace
 
 KINDS = ("quick_gelu", "gelu", "gelu_tanh")
@@ -33,17 +35,30 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def block_weights(width: int, hidden: int, heads: int, kind: str, dtype: torch.dtype, packed: bool = True):
+# the ways that a product may be computed in, and attention
+WAYS = pytest.mark.parametrize(("panel", "fill"), [(192, False), (96, True), (0, True)], ids=str)
+
+
+def block_weights(
+    width: int,
+    hidden: int,
+    heads: int,
+    kind: str,
+    dtype: torch.dtype,
+    packed: bool = True,
+    panel: int = PANELS[0],
+    fill: bool = False,
+):
     def weight(n: int, k: int) -> FrozenWeight:
         values = (torch.randn(n, k) * k**-0.5).to(dtype)
-        return FrozenWeight.pack(values) if packed else FrozenWeight(values)
+        return FrozenWeight.pack(values, panel, panel) if packed else FrozenWeight(values)
 
     def bias(n: int) -> torch.Tensor:
         return (0.1 * torch.randn(n)).to(dtype)
 
     mlp = MLPWeights(weight(hidden, width), bias(hidden), weight(width, hidden), bias(width), 1e-5, kind)
     qkv_bias = F.pad(bias(width), (0, 2 * width))
-    return BlockWeights(weight(3 * width, width), qkv_bias, weight(width, width), bias(width), 1e-5, heads, mlp)
+    return BlockWeights(weight(3 * width, width), qkv_bias, weight(width, width), bias(width), 1e-5, heads, mlp, fill)
 
 
 def converted(weights, dtype: torch.dtype):
@@ -69,7 +84,7 @@ def grads_of(f, leaves, dy):
 @pytest.mark.parametrize(("k", "n"), [(2, 1), (6, 64), (10, 65), (4, 130)])
 def test_pack(k, n, dtype):
     b = rows(k, n, dtype=dtype)
-    packed = pack(b)
+    packed = pack(b).values
     flat = packed if dtype == torch.float32 else packed.permute(0, 1, 3, 2).flatten(1, 2)
     assert packed.is_contiguous()
     back = flat.transpose(0, 1).flatten(1)
@@ -82,11 +97,12 @@ def test_pack(k, n, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "width", "hidden"), [(1, 64, 128), (7, 96, 200), (400, 128, 66), (33, 1100, 70)])
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-def test_mlp(n, width, hidden, kind, recompute, dtype, tolerance):
+@pytest.mark.parametrize("panel", [192, 0])
+def test_mlp(n, width, hidden, kind, recompute, panel, dtype, tolerance):
     """Rows, widths and hidden features that fill no tile; widths beyond the part of K that is taken at once."""
     needs(dtype)
     x, dy = rows(n, width, dtype=dtype).requires_grad_(), rows(n, width, dtype=dtype)
-    w = block_weights(width, hidden, 1, kind, dtype).mlp
+    w = block_weights(width, hidden, 1, kind, dtype, panel=panel).mlp
     got = grads_of(lambda x: ops.mlp(x, w.fc, w.fc_bias, w.proj, w.proj_bias, w.eps, kind, recompute), [x], dy)
     e = converted(w, torch.float64)
     exact = x.detach().double().requires_grad_()
@@ -113,7 +129,8 @@ def test_mlp(n, width, hidden, kind, recompute, dtype, tolerance):
     ],
 )
 @pytest.mark.parametrize("constant", ["", "x", "prefix"])
-def test_block(batch, length, prefix, sets, heads, width, memory, dtype, tolerance, constant):
+@WAYS
+def test_block(batch, length, prefix, sets, heads, width, memory, dtype, tolerance, constant, panel, fill):
     needs(dtype)
     if constant == "prefix" and not prefix:
         pytest.skip("no prefix")
@@ -124,7 +141,7 @@ def test_block(batch, length, prefix, sets, heads, width, memory, dtype, toleran
     prefixes = [rows(sets, prefix, heads, head, dtype=dtype).requires_grad_(constant != "prefix") for _ in range(2)]
     prefixes = prefixes if prefix else [None, None]
     index = torch.arange(batch) % sets if sets > 1 else None
-    w = block_weights(width, 4 * width, heads, "quick_gelu", dtype)
+    w = block_weights(width, 4 * width, heads, "quick_gelu", dtype, panel=panel, fill=fill)
     dy = rows(batch, length, width, dtype=dtype)
     got = grads_of(lambda *t: ops.block(*t, w, index, memory), [x, *prefixes], dy)
     exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (x, *prefixes)]
@@ -293,10 +310,11 @@ def test_strided_rows_and_gradients():
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_numbers_are_not_hidden(bad, dtype):
+@WAYS
+def test_bad_numbers_are_not_hidden(bad, dtype, panel, fill):
     """One bad row spoils its image, forward and backward, and no other."""
     needs(dtype)
-    w = block_weights(64, 256, 2, "quick_gelu", dtype)
+    w = block_weights(64, 256, 2, "quick_gelu", dtype, panel=panel, fill=fill)
     x = rows(2, 21, 64, dtype=dtype)
     x[0, 3, 5] = bad
     x.requires_grad_()
@@ -308,9 +326,10 @@ def test_bad_numbers_are_not_hidden(bad, dtype):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_runs_give_equal_bits(dtype):
+@WAYS
+def test_equal_runs_give_equal_bits(dtype, panel, fill):
     needs(dtype)
-    w = block_weights(128, 512, 2, "quick_gelu", dtype)
+    w = block_weights(128, 512, 2, "quick_gelu", dtype, panel=panel, fill=fill)
     x, prefix = (rows(*shape, dtype=dtype).requires_grad_() for shape in ((3, 50, 128), (1, 4, 2, 64)))
     dy = rows(3, 50, 128, dtype=dtype)
     runs = [grads_of(lambda x, p: ops.block(x, p, p, w), [x, prefix], dy) for _ in range(3)]
@@ -337,20 +356,24 @@ def test_shapes_are_checked():
     lib = torch.ops.upt_fast_cpu
     x, w = torch.randn(5, 64), FrozenWeight.pack(torch.randn(96, 64))
     out, moments = torch.empty(5, 96), torch.empty(5)
-    lib.linear_residual(x, w.forward, None, None, out)
+    lib.linear_residual(x, *w.forward, None, None, out)
+    lib.linear_residual(x, w.plain.t(), 0, None, None, out)
     odd = [torch.zeros(1, 5, 6, dtype=torch.bfloat16)] * 3
     for wrong in (
-        lambda: lib.linear_residual(x[:, :60].contiguous(), w.forward, None, None, out),
-        lambda: lib.linear_residual(x.double(), w.forward, None, None, out),
-        lambda: lib.linear_residual(x, w.forward, None, None, out[:4]),
-        lambda: lib.linear_residual(x, w.forward, torch.randn(3), None, out),
-        lambda: lib.linear_residual(x, w.forward, None, torch.randn(4, 96), out),
-        lambda: lib.linear_residual(x.t(), w.forward, None, None, out),
-        lambda: lib.norm_linear(x, 1e-5, w.forward, None, 0, None, [out], [0], [0], [0], moments[:4], moments),
-        lambda: lib.norm_linear(x, 1e-5, w.forward, None, 0, None, [out], [2], [9], [0], moments, moments),
-        lambda: lib.linear_times(x, w.forward, torch.randn(4, 96), out),
-        lambda: lib.linear_norm_backward(x, w.forward, out, moments[:3], moments, out, out),
-        lambda: lib.attention(*odd, 2, odd[0], torch.empty(2, 5)),
+        lambda: lib.linear_residual(x[:, :60].contiguous(), *w.forward, None, None, out),
+        lambda: lib.linear_residual(x, w.forward.values, 0, None, None, out),
+        lambda: lib.linear_residual(x, w.plain.t(), 192, None, None, out),
+        lambda: lib.linear_residual(x, w.forward.values, -1, None, None, out),
+        lambda: lib.linear_residual(x.double(), *w.forward, None, None, out),
+        lambda: lib.linear_residual(x, *w.forward, None, None, out[:4]),
+        lambda: lib.linear_residual(x, *w.forward, torch.randn(3), None, out),
+        lambda: lib.linear_residual(x, *w.forward, None, torch.randn(4, 96), out),
+        lambda: lib.linear_residual(x.t(), *w.forward, None, None, out),
+        lambda: lib.norm_linear(x, 1e-5, *w.forward, None, 0, None, [out], [0], [0], [0], moments[:4], moments),
+        lambda: lib.norm_linear(x, 1e-5, *w.forward, None, 0, None, [out], [2], [9], [0], moments, moments),
+        lambda: lib.linear_times(x, *w.forward, torch.randn(4, 96), out),
+        lambda: lib.linear_norm_backward(x, *w.forward, out, moments[:3], moments, out, out),
+        lambda: lib.attention(*odd, 2, False, odd[0], torch.empty(2, 5)),
     ):
         with pytest.raises(RuntimeError):
             wrong()
@@ -448,6 +471,17 @@ def test_no_compiler(how, tmp_path):
         assert "no C++ compiler 'no-such-compiler'" in done.stdout
     if (tmp_path / "cache").is_dir():
         assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != ".lock"] == []
+
+
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    or os.environ.get("UPT_FAST_CPU_OPS") == "0"
+    or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="no AVX-512, no compiler, or UPT_FAST_CPU_OPS=0",
+)
+def test_they_run_where_they_can():
+    """Else a mistake in the sources would show as tests that are skipped."""
+    assert REASON == ""
 
 
 @compiled

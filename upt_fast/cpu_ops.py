@@ -34,30 +34,41 @@ logger = logging.getLogger("upt_fast")
 
 MIN_WIDTH = 256  # narrower towers gain nothing
 BLOCK = 64  # columns of a packed block, NB in linear.cpp
+PANELS = (192, 96, 384, 0)  # rows of a panel to choose from, the usual first; 0: PyTorch multiplies
 ACTIVATIONS = {"none": 0, "quick_gelu": 1, "gelu": 2, "gelu_tanh": 3}
 BF16_FLAGS = ["-mavx512bf16"]  # where the processor has them
 FLAGS = ["-O3", "-fopenmp", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
 DEFINES = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
 
 
+class Factor(NamedTuple):
+    """The frozen factor (K, N) of a product, and how rows are multiplied with it."""
+
+    values: Tensor  # packed, see pack; where panel is 0 (K, N)
+    panel: int  # rows of a panel at most; 0: PyTorch multiplies
+
+
 class FrozenWeight(NamedTuple):
-    """A frozen linear's weight, plain, and packed for y = x W^T and for dx = dy W where the CPU operations run."""
+    """A frozen linear's weight, and the factors of y = x W^T and of dx = dy W where the CPU operations run."""
 
     plain: Tensor  # (N, K)
-    forward: Tensor | None = None  # of W^T
-    backward: Tensor | None = None  # of W
+    forward: Factor | None = None  # W^T
+    backward: Factor | None = None  # W
 
     @classmethod
-    def pack(cls, weight: Tensor) -> FrozenWeight:
-        return cls(weight, pack(weight.t()), pack(weight))
+    def pack(cls, weight: Tensor, forward: int = PANELS[0], backward: int = PANELS[0]) -> FrozenWeight:
+        """With the panels of both directions; see Factor."""
+        return cls(weight, pack(weight.t(), forward), pack(weight, backward))
 
 
-def pack(b: Tensor) -> Tensor:
-    """A factor b (K, N) of a product a b in blocks of columns: (N / 64, K, 64), bfloat16 (N / 64, K / 2, 64, 2)."""
+def pack(b: Tensor, panel: int = PANELS[0]) -> Factor:
+    """A factor (K, N) as blocks of columns, (N / 64, K, 64), bfloat16 (N / 64, K / 2, 64, 2); unpacked for panel 0."""
+    if panel == 0:
+        return Factor(b, 0)
     b = F.pad(b, (0, -b.shape[1] % BLOCK))
     if b.dtype == torch.float32:
-        return b.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
-    return b.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, 2)).permute(2, 0, 3, 1).contiguous()
+        return Factor(b.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous(), panel)
+    return Factor(b.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, 2)).permute(2, 0, 3, 1).contiguous(), panel)
 
 
 def refusal(dtype: torch.dtype, width: int | None = None, num_heads: int = 1) -> str:

@@ -49,6 +49,7 @@ class BlockWeights(NamedTuple):
     eps: float
     num_heads: int
     mlp: MLPWeights
+    fill: bool = False  # attention's compiled products in bfloat16 take whole tiles
 
 
 class Attended(NamedTuple):
@@ -84,7 +85,7 @@ def normalized_product(
         mean, rstd = _moments(space, label, layer, x)
         kind = cpu_ops.ACTIVATIONS[activation or "none"]
         places = [0], [0], [0]
-        torch.ops.upt_fast_cpu.norm_linear(x, eps, weight.forward, bias, kind, pre, [out], *places, mean, rstd)
+        torch.ops.upt_fast_cpu.norm_linear(x, eps, *weight.forward, bias, kind, pre, [out], *places, mean, rstd)
         return mean, rstd
     h, mean, rstd = space.normalize(label, layer, x, eps)
     product(h, weight.plain, bias, out=out if pre is None else pre)
@@ -102,7 +103,7 @@ def residual_product(
         return torch.add(residual, F.linear(a, weight.plain, bias), out=out)
     if weight.forward is None:
         return product(a, weight.plain, bias, residual, out=out)
-    torch.ops.upt_fast_cpu.linear_residual(a, weight.forward, bias, residual, out)
+    torch.ops.upt_fast_cpu.linear_residual(a, *weight.forward, bias, residual, out)
     return out
 
 
@@ -131,7 +132,7 @@ def _norm_backward(
     if weight.backward is None:
         return space.normalize_backward(product(d, weight.plain.t(), out=spare), x, mean, rstd, dy)
     dx = space.scratch("grad", x, *x.shape)
-    torch.ops.upt_fast_cpu.linear_norm_backward(d, weight.backward, x, mean, rstd, dy, dx)
+    torch.ops.upt_fast_cpu.linear_norm_backward(d, *weight.backward, x, mean, rstd, dy, dx)
     return dx
 
 
@@ -162,7 +163,7 @@ def _mlp_backward(
         u = _again(x, w, space)[0]
     du = space.scratch("wide", dy, *u.shape)
     if w.proj.backward is not None:
-        torch.ops.upt_fast_cpu.linear_times(dy, w.proj.backward, u, du)
+        torch.ops.upt_fast_cpu.linear_times(dy, *w.proj.backward, u, du)
     else:
         product(dy, w.proj.plain.t(), out=du)
         if w.activation == "quick_gelu":
@@ -197,7 +198,7 @@ def _attention_forward(
         mean, rstd = _moments(space, "attention", layer, rows) if keep else _moments(Workspace(1), "", 0, rows)
         places = [0, length, length], [0, prefix + length, prefix + length], [0, prefix, prefix]
         torch.ops.upt_fast_cpu.norm_linear(
-            rows, w.eps, w.qkv.forward, w.qkv_bias, 0, None, [q, k, v], *places, mean, rstd
+            rows, w.eps, *w.qkv.forward, w.qkv_bias, 0, None, [q, k, v], *places, mean, rstd
         )
     else:
         h, mean, rstd = (space if keep else Workspace(1)).normalize("attention", layer if keep else 0, rows, w.eps)
@@ -211,7 +212,7 @@ def _attention_forward(
     out = new("attended", x, *rows.shape)
     lse = new("lse", mean, batch, w.num_heads, length)
     if w.qkv.forward is not None:
-        torch.ops.upt_fast_cpu.attention(q, k, v, w.num_heads, out, lse)
+        torch.ops.upt_fast_cpu.attention(q, k, v, w.num_heads, w.fill, out, lse)
     else:
         for i in pieces(x):
             heads = [_split_heads(t, batch, w.num_heads)[i] for t in (q, k, v)]
@@ -257,14 +258,14 @@ def _attention_backward(
     length = total - prefix
     dout = space.scratch("row", dy, *dy.shape)
     if w.out.backward is not None:
-        torch.ops.upt_fast_cpu.linear_residual(dy, w.out.backward, None, None, dout)
+        torch.ops.upt_fast_cpu.linear_residual(dy, *w.out.backward, None, None, dout)
     else:
         product(dy, w.out.plain.t(), out=dout)
     dqkv = space.scratch("wide", dy, batch, length, 3, w.num_heads, width // w.num_heads)
     dk_prefix, dv_prefix = (dy.new_empty(batch, prefix, *dqkv.shape[3:]) for _ in range(2))
     if w.qkv.backward is not None:
         torch.ops.upt_fast_cpu.attention_backward(
-            dout, saved.q, saved.k, saved.v, w.num_heads, saved.out, saved.lse, dqkv, dk_prefix, dv_prefix
+            dout, *saved[2:5], w.num_heads, w.fill, saved.out, saved.lse, dqkv, dk_prefix, dv_prefix
         )
     else:
         _flash_backward(dout, saved, prefix, w.num_heads, dqkv if x is not None else None, dk_prefix, dv_prefix)
@@ -283,7 +284,7 @@ class NormLinear(torch.autograd.Function):
         outs = [rows.new_empty(*x.shape[:-1], len(weight.plain) // parts) for _ in range(parts)]
         mean, rstd = _moments(Workspace(1), "", 0, rows)
         places = [[0] * parts] * 3
-        torch.ops.upt_fast_cpu.norm_linear(rows, eps, weight.forward, bias, 0, None, outs, *places, mean, rstd)
+        torch.ops.upt_fast_cpu.norm_linear(rows, eps, *weight.forward, bias, 0, None, outs, *places, mean, rstd)
         ctx.save_for_backward(rows, mean, rstd)
         ctx.weight, ctx.shape = weight, x.shape
         return tuple(outs)
@@ -294,7 +295,7 @@ class NormLinear(torch.autograd.Function):
         rows, mean, rstd = ctx.saved_tensors
         d = torch.cat([_rows(dout) for dout in douts], dim=1)
         dx = torch.empty_like(rows)
-        torch.ops.upt_fast_cpu.linear_norm_backward(d, ctx.weight.backward, rows, mean, rstd, None, dx)
+        torch.ops.upt_fast_cpu.linear_norm_backward(d, *ctx.weight.backward, rows, mean, rstd, None, dx)
         return dx.view(ctx.shape), None, None, None, None
 
 
@@ -314,7 +315,7 @@ class LinearResidual(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = _rows(dout)
             dy = rows.new_empty(len(rows), ctx.shape[-1])
-            torch.ops.upt_fast_cpu.linear_residual(rows, ctx.weight.backward, None, None, dy)
+            torch.ops.upt_fast_cpu.linear_residual(rows, *ctx.weight.backward, None, None, dy)
             dy = dy.view(ctx.shape)
         return dout if ctx.needs_input_grad[0] else None, dy, None, None
 

@@ -5,7 +5,6 @@ Called by ops.py, which says what each computes; here is how.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,28 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from upt_fast import cpu_choices
 from upt_fast.workspace import pieces
 
 PRODUCT_PIECE_BYTES = 6 << 20
 
 
-@functools.cache
-def _has_onednn() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than PyTorch's default, the MKL.
-
-    On AMD's processors with AVX-512 MKL stays at AVX2: oneDNN was 10 to 25 % faster there. The choice hangs on the
-    processor alone, not on a timing, so that equal runs give equal bits.
-    """
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    )
-
-
 def takes_onednn(x: Tensor) -> bool:
-    float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return float32_on_cpu and not op_by_op(x) and x.numel() > 0 and _has_onednn()
+    """Whether oneDNN multiplies these rows, where it was measured to be faster than PyTorch's default, the MKL."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or op_by_op(x) or x.numel() == 0:
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and cpu_choices.float32_product() == "onednn"
 
 
 def op_by_op(x: Tensor) -> bool:

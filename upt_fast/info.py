@@ -15,7 +15,7 @@ def collect() -> dict[str, Any]:
     """Everything the command shows, as plain values."""
     import torch
 
-    from upt_fast import cpu_ops, dispatch, fp8
+    from upt_fast import choices, cpu_ops, dispatch, fp8
     from upt_fast.version import __version__
 
     devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
@@ -42,6 +42,7 @@ def collect() -> dict[str, Any]:
         "problem": problem,
         "ops": ops,
         "cpu_ops": {str(d).removeprefix("torch."): cpu_ops.refusal(d) for d in (torch.float32, torch.bfloat16)},
+        "choices": {"measured": choices.measures(), "machine": choices.machine(), "kept": choices.kept()},
         "fp8": {name: fp8.refusal(torch.device(name)) for name in (line.split(": ")[0] for line in devices)},
     }
 
@@ -51,6 +52,19 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _describe_choices(measured: bool, machine: dict[str, str], kept: dict[str, dict[str, Any]]) -> str:
+    """What was measured on this machine, and where another way than the usual one was taken."""
+    if not measured:
+        return "ways to compute: the usual ones (UPT_FAST_MEASURE=0)"
+    lines = [f"ways to compute: {len(kept)} measured on {machine['processor']}"]
+    for key, entry in sorted(kept.items()):
+        choice, usual, ms = entry["choice"], entry["usual"], entry["ms"]
+        if choice != usual:
+            lines.append(f"    {key}: {choice}, {ms[choice]} ms ({usual}: {ms[usual]} ms)")
+        lines += [f"    {key}: not {name}: {reason}" for name, reason in entry["refused"].items()]
+    return "\n".join(lines)
 
 
 def main_info(as_json: bool = False) -> int:
@@ -72,6 +86,7 @@ def main_info(as_json: bool = False) -> int:
             print(f"    not {backend}: {'; '.join(reasons)}")
     for dtype, reason in found["cpu_ops"].items():
         print(f"compiled CPU operations, {dtype}: {reason or 'used by wide towers'}")
+    print(_describe_choices(**found["choices"]))
     for device, reason in found["fp8"].items():
         runs = "runs where it is asked for" + (", slower than bfloat16" if device == "cpu" else "")
         print(f"dtype fp8, {device}: {reason or runs}")

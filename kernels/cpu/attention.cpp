@@ -6,7 +6,7 @@
 // A task is one head of one image. Its 200 keys of 64 numbers lie in the cache whole: scores are formed at once, and
 // backward works on their transpose, so that three of its five products take their factors as they are. In bfloat16 the
 // products take bfloat16 and accumulate in float32; their second factors come in pairs of rows. Scores, softmax and sums
-// are in float32 in both.
+// are in float32 in both. Rows begin at cache lines; `fill` makes the bfloat16 products' sizes multiples of 32 as well.
 
 #include "common.h"
 
@@ -21,14 +21,17 @@ void multiply(
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
 }
 
-// b in pairs of rows, (k / 2, n, 2); k is even
+// b in pairs of rows, (k / 2, ldb, 2)
 void multiply(
-    int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, float* c, bool add = false) {
-  at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, true);
+    int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb, float* c,
+    int64_t ldc, bool add = false) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, true);
 }
 
-int64_t even(int64_t n) {
-  return n + n % 2;
+// How far the second of two factors' sizes goes in bfloat16: tiles of matrices want their rows and sums full, for
+// which zeros are added; vectors do not
+int64_t filled(int64_t n, bool fill) {
+  return fill ? lines<BFloat16>(n) : n + n % 2;
 }
 
 // rows (n, K) with a distance, made contiguous
@@ -46,8 +49,8 @@ void scatter(const float* from, int64_t n, int64_t K, T* into, int64_t distance,
   }
 }
 
-void transpose(const float* from, int64_t rows, int64_t columns, float* into) {
-  at::vec::transpose_mxn<float>(from, columns, into, rows, static_cast<int>(rows), static_cast<int>(columns));
+void transpose(const float* from, int64_t distance, int64_t rows, int64_t columns, float* into, int64_t step) {
+  at::vec::transpose_mxn<float>(from, distance, into, step, static_cast<int>(rows), static_cast<int>(columns));
 }
 
 void transpose(const BFloat16* from, int64_t distance, int64_t rows, int64_t columns, BFloat16* into, int64_t step) {
@@ -59,10 +62,10 @@ void transpose(const BFloat16* from, int64_t distance, int64_t rows, int64_t col
           static_cast<int>(std::min(TILE, columns - c)));
 }
 
-// rows (n, K) -> (K / 2, n, 2): their transpose, in pairs of rows
-void transposed_pairs(const BFloat16* from, int64_t distance, int64_t n, int64_t K, BFloat16* into) {
+// rows (n, K) -> (K / 2, step, 2): their transpose, in pairs of rows
+void transposed_pairs(const BFloat16* from, int64_t distance, int64_t n, int64_t K, BFloat16* into, int64_t step) {
   at::vec::transpose_mxn<float>(
-      reinterpret_cast<const float*>(from), distance / 2, reinterpret_cast<float*>(into), n, static_cast<int>(n),
+      reinterpret_cast<const float*>(from), distance / 2, reinterpret_cast<float*>(into), step, static_cast<int>(n),
       static_cast<int>(K / 2));
 }
 
@@ -81,6 +84,11 @@ void pairs(const BFloat16* from, int64_t distance, int64_t n, int64_t K, BFloat1
           r + 1 < n ? _mm256_maskz_loadu_epi16(first_lanes(m), row + distance) : _mm256_setzero_si256();
       write_pairs(into + r * K + 2 * i, _mm256_maskz_loadu_epi16(first_lanes(m), row), next, m);
     });
+}
+
+// columns from..to of each of n rows
+void zero_columns(BFloat16* x, int64_t distance, int64_t n, int64_t from, int64_t to) {
+  for (int64_t r = 0; r < n; ++r) std::fill(x + r * distance + from, x + r * distance + to, BFloat16(0.0f));
 }
 
 // exp(s - max) of one row of scores; the row's log-sum-exp and 1 / sum
@@ -116,26 +124,27 @@ void row_products(const T* a, const T* b, int64_t distance, int64_t n, int64_t K
 
 void attention_of(
     const float* q, const float* k, const float* v, int64_t B, int64_t H, int64_t L, int64_t total, int64_t K,
-    float* out, float* lse) {
-  const int64_t D = H * K, block = std::min(L, QUERIES);
+    bool /*fill*/, float* out, float* lse) {
+  const int64_t D = H * K, block = std::min(L, QUERIES), keys = lines<float>(total);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    float* memory = scratch<float>(0, 3 * total * K + block * total + 2 * block * K + block).data();
-    float *kh = memory, *kt = kh + total * K, *vh = kt + total * K, *s = vh + total * K, *qh = s + block * total;
-    float *oh = qh + block * K, *factor = oh + block * K;
+    Parts<float> parts(0, {total * K, K * keys, total * K, block * keys, block * K, block * K, block});
+    float *kh = parts.take(total * K), *kt = parts.take(K * keys), *vh = parts.take(total * K);
+    float *s = parts.take(block * keys), *qh = parts.take(block * K), *oh = parts.take(block * K);
+    float* factor = parts.take(block);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / H, h = task % H;
       gather(k + b * total * D + h * K, D, total, K, kh);
       gather(v + b * total * D + h * K, D, total, K, vh);
-      transpose(kh, total, K, kt);
+      transpose(kh, K, total, K, kt, keys);
       for (int64_t first = 0; first < L; first += block) {
         const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K;
         gather(q + at, D, rows, K, qh);
-        multiply(rows, total, K, qh, K, kt, total, s, total);
+        multiply(rows, total, K, qh, K, kt, keys, s, keys);
         for (int64_t r = 0; r < rows; ++r) {
-          float* row = s + r * total;
+          float* row = s + r * keys;
           std::tie(lse[task * L + first + r], factor[r]) = exponentials(row, total, row);
         }
-        multiply(rows, K, total, s, total, vh, K, oh, K);
+        multiply(rows, K, total, s, keys, vh, K, oh, K);
         scatter(oh, rows, K, out + at, D, factor);
       }
     }
@@ -145,25 +154,26 @@ void attention_of(
 
 void attention_of(
     const BFloat16* q, const BFloat16* k, const BFloat16* v, int64_t B, int64_t H, int64_t L, int64_t total, int64_t K,
-    BFloat16* out, float* lse) {
-  const int64_t D = H * K, block = std::min(L, QUERIES), padded = even(total);
+    bool fill, BFloat16* out, float* lse) {
+  const int64_t D = H * K, block = std::min(L, QUERIES), keys = lines<BFloat16>(total), sum = filled(total, fill);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    float* s = scratch<float>(0, block * total + block * K + block).data();
-    float *oh = s + block * total, *factor = oh + block * K;
-    BFloat16* kt = scratch<BFloat16>(1, total * K + padded * K + block * padded).data();
-    BFloat16 *vp = kt + total * K, *p = vp + padded * K;
+    Parts<float> floats(0, {block * keys, block * K, block});
+    float *s = floats.take(block * keys), *oh = floats.take(block * K), *factor = floats.take(block);
+    Parts<BFloat16> parts(1, {K * keys, keys * K, block * keys});
+    BFloat16 *kt = parts.take(K * keys), *vp = parts.take(keys * K), *p = parts.take(block * keys);
+    std::fill(kt, kt + K * keys, BFloat16(0.0f));  // columns and rows that fill a line up: they add zeros
+    std::fill(vp, vp + keys * K, BFloat16(0.0f));
+    zero_columns(p, keys, block, total, keys);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / H, h = task % H;
-      transposed_pairs(k + b * total * D + h * K, D, total, K, kt);
+      transposed_pairs(k + b * total * D + h * K, D, total, K, kt, keys);
       pairs(v + b * total * D + h * K, D, total, K, vp);
       for (int64_t first = 0; first < L; first += block) {
         const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K;
-        multiply(rows, total, K, q + at, D, kt, s);
-        for (int64_t r = 0; r < rows; ++r) {
-          std::tie(lse[task * L + first + r], factor[r]) = exponentials(s + r * total, total, p + r * padded);
-          if (padded > total) p[r * padded + total] = 0.0f;
-        }
-        multiply(rows, K, padded, p, padded, vp, oh);
+        multiply(rows, fill ? keys : total, K, q + at, D, kt, keys, s, keys);
+        for (int64_t r = 0; r < rows; ++r)
+          std::tie(lse[task * L + first + r], factor[r]) = exponentials(s + r * keys, total, p + r * keys);
+        multiply(rows, K, sum, p, keys, vp, K, oh, K);
         scatter(oh, rows, K, out + at, D, factor);
       }
     }
@@ -173,13 +183,19 @@ void attention_of(
 
 void attention_backward_of(
     const float* dout, const float* q, const float* k, const float* v, int64_t B, int64_t H, int64_t L, int64_t total,
-    int64_t K, const float* out, const float* lse, float* dqkv, float* dk_prefix, float* dv_prefix) {
-  const int64_t D = H * K, P = total - L, block = std::min(L, QUERIES);
+    int64_t K, bool /*fill*/, const float* out, const float* lse, float* dqkv, float* dk_prefix, float* dv_prefix) {
+  const int64_t D = H * K, P = total - L, block = std::min(L, QUERIES), keys = lines<float>(total);
+  const int64_t across = lines<float>(block);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    float* memory = scratch<float>(0, 4 * total * K + 5 * block * K + 3 * block * total + block).data();
-    float *kh = memory, *vh = kh + total * K, *dk = vh + total * K, *dv = dk + total * K;
-    float *qh = dv + total * K, *qt = qh + block * K, *dh = qt + block * K, *dt = dh + block * K, *dq = dt + block * K;
-    float *p = dq + block * K, *ds = p + block * total, *turned = ds + block * total, *delta = turned + block * total;
+    const int64_t of_keys = total * K, of_rows = block * K, turned_rows = K * across, scores = total * across;
+    Parts<float> parts(
+        0, {of_keys, of_keys, of_keys, of_keys, of_rows, of_rows, of_rows, turned_rows, turned_rows, scores, scores,
+            block * keys, block});
+    float *kh = parts.take(of_keys), *vh = parts.take(of_keys), *dk = parts.take(of_keys), *dv = parts.take(of_keys);
+    float *qh = parts.take(of_rows), *dh = parts.take(of_rows), *dq = parts.take(of_rows);
+    float *qt = parts.take(turned_rows), *dt = parts.take(turned_rows);
+    float *p = parts.take(scores), *ds = parts.take(scores), *turned = parts.take(block * keys);
+    float* delta = parts.take(block);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / H, h = task % H;
       gather(k + b * total * D + h * K, D, total, K, kh);
@@ -190,21 +206,21 @@ void attention_backward_of(
         gather(q + at, D, rows, K, qh);
         gather(dout + at, D, rows, K, dh);
         row_products(dout + at, out + at, D, rows, K, delta);
-        transpose(qh, rows, K, qt);
-        transpose(dh, rows, K, dt);
-        multiply(total, rows, K, kh, K, qt, rows, p, rows);  // scores, (keys, queries)
-        multiply(total, rows, K, vh, K, dt, rows, ds, rows);
+        transpose(qh, K, rows, K, qt, across);
+        transpose(dh, K, rows, K, dt, across);
+        multiply(total, rows, K, kh, K, qt, across, p, across);  // scores, (keys, queries)
+        multiply(total, rows, K, vh, K, dt, across, ds, across);
         for (int64_t t = 0; t < total; ++t)
           lanes(rows, [&](int64_t i, int64_t m) {
-            float *pt = p + t * rows + i, *dst = ds + t * rows + i;
+            float *pt = p + t * across + i, *dst = ds + t * across + i;
             const Vec probability = exponential<float>(read(pt, m) - read(logs + i, m));
             write(pt, probability, m);
             write(dst, probability * (read(dst, m) - read(delta + i, m)), m);
           });
-        multiply(total, K, rows, p, rows, dh, K, dv, K, first > 0);
-        multiply(total, K, rows, ds, rows, qh, K, dk, K, first > 0);
-        transpose(ds, total, rows, turned);
-        multiply(rows, K, total, turned, total, kh, K, dq, K);
+        multiply(total, K, rows, p, across, dh, K, dv, K, first > 0);
+        multiply(total, K, rows, ds, across, qh, K, dk, K, first > 0);
+        transpose(ds, across, total, rows, turned, keys);
+        multiply(rows, K, total, turned, keys, kh, K, dq, K);
         scatter(dq, rows, K, dqkv + (b * L + first) * 3 * D + h * K, 3 * D);
       }
       scatter(dk + P * K, L, K, dqkv + b * L * 3 * D + D + h * K, 3 * D);
@@ -218,50 +234,62 @@ void attention_backward_of(
 
 void attention_backward_of(
     const BFloat16* dout, const BFloat16* q, const BFloat16* k, const BFloat16* v, int64_t B, int64_t H, int64_t L,
-    int64_t total, int64_t K, const BFloat16* out, const float* lse, BFloat16* dqkv, BFloat16* dk_prefix,
+    int64_t total, int64_t K, bool fill, const BFloat16* out, const float* lse, BFloat16* dqkv, BFloat16* dk_prefix,
     BFloat16* dv_prefix) {
-  const int64_t D = H * K, P = total - L, block = std::min(L, QUERIES), tall = even(total), wide = even(block);
+  const int64_t D = H * K, P = total - L, block = std::min(L, QUERIES), keys = lines<BFloat16>(total);
+  const int64_t across = lines<BFloat16>(block);
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    float* s = scratch<float>(0, 2 * total * block + 2 * total * K + 2 * block * K + block).data();
-    float *ds = s + total * block, *dk = ds + total * block, *dv = dk + total * K, *dqt = dv + total * K;
-    float *dq = dqt + block * K, *delta = dq + block * K;
-    BFloat16* kt = scratch<BFloat16>(1, tall * K + 2 * block * K + 2 * wide * K + 2 * total * wide + tall * block).data();
-    BFloat16 *qt = kt + tall * K, *dt = qt + block * K, *qp = dt + block * K, *dp = qp + wide * K, *p16 = dp + wide * K;
-    BFloat16 *ds16 = p16 + total * wide, *ds_pairs = ds16 + total * wide;
-    std::fill(kt, kt + tall * K, BFloat16(0.0f));  // an odd number of keys leaves a column
+    const int64_t scores = total * across;
+    Parts<float> floats(0, {scores, scores, total * K, total * K, K * across, block * K, block});
+    float *s = floats.take(scores), *ds = floats.take(scores), *dk = floats.take(total * K);
+    float *dv = floats.take(total * K), *dqt = floats.take(K * across), *dq = floats.take(block * K);
+    float* delta = floats.take(block);
+    const int64_t turned = K * across, paired = across * K, of_pairs = keys * across;
+    Parts<BFloat16> parts(1, {K * keys, turned, turned, paired, paired, scores, scores, of_pairs});
+    BFloat16 *kt = parts.take(K * keys), *qt = parts.take(turned), *dt = parts.take(turned), *qp = parts.take(paired);
+    BFloat16 *dp = parts.take(paired), *p16 = parts.take(scores), *ds16 = parts.take(scores);
+    BFloat16* ds_pairs = parts.take(of_pairs);
+    // what fills a line up adds zeros
+    for (auto [x, n] : {std::pair(kt, K * keys), {qt, turned}, {dt, turned}, {qp, paired}, {dp, paired},
+                        {p16, scores}, {ds16, scores}, {ds_pairs, of_pairs}})
+      std::fill(x, x + n, BFloat16(0.0f));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / H, h = task % H;
       const BFloat16 *kh = k + b * total * D + h * K, *vh = v + b * total * D + h * K;
-      transpose(kh, D, total, K, kt, tall);
+      transpose(kh, D, total, K, kt, keys);
       for (int64_t first = 0; first < L; first += block) {
-        const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K, across = even(rows);
+        const int64_t rows = std::min(block, L - first), at = (b * L + first) * D + h * K;
         const float* logs = lse + task * L + first;
-        transposed_pairs(q + at, D, rows, K, qt);
-        transposed_pairs(dout + at, D, rows, K, dt);
+        if (rows < block) {  // the last rows leave those of the block before behind
+          for (auto [x, n] : {std::pair(qp, paired), {dp, paired}}) std::fill(x, x + n, BFloat16(0.0f));
+          for (auto x : {p16, ds16}) zero_columns(x, across, total, rows, across);
+        }
+        transposed_pairs(q + at, D, rows, K, qt, across);
+        transposed_pairs(dout + at, D, rows, K, dt, across);
         pairs(q + at, D, rows, K, qp);
         pairs(dout + at, D, rows, K, dp);
         row_products(dout + at, out + at, D, rows, K, delta);
-        multiply(total, rows, K, kh, D, qt, s);  // scores, (keys, queries)
-        multiply(total, rows, K, vh, D, dt, ds);
+        const int64_t columns = fill ? across : rows, sum = filled(rows, fill);
+        multiply(total, columns, K, kh, D, qt, across, s, across);  // scores, (keys, queries)
+        multiply(total, columns, K, vh, D, dt, across, ds, across);
         for (int64_t t = 0; t < total; t += 2) {
           lanes(rows, [&](int64_t i, int64_t m) {
             const Vec log = read(logs + i, m), mean = read(delta + i, m);
             const auto row = [&](int64_t t) {
-              const Vec probability = exponential<BFloat16>(read(s + t * rows + i, m) - log);
+              const Vec probability = exponential<BFloat16>(read(s + t * across + i, m) - log);
               _mm256_mask_storeu_epi16(p16 + t * across + i, first_lanes(m), rounded(probability));
-              const __m256i d = rounded(probability * (read(ds + t * rows + i, m) - mean));
+              const __m256i d = rounded(probability * (read(ds + t * across + i, m) - mean));
               _mm256_mask_storeu_epi16(ds16 + t * across + i, first_lanes(m), d);
               return d;
             };
             const __m256i d = row(t);
-            write_pairs(ds_pairs + t * rows + 2 * i, d, t + 1 < total ? row(t + 1) : _mm256_setzero_si256(), m);
+            write_pairs(ds_pairs + t * across + 2 * i, d, t + 1 < total ? row(t + 1) : _mm256_setzero_si256(), m);
           });
         }
-        for (int64_t t = 0; across > rows && t < total; ++t) p16[t * across + rows] = ds16[t * across + rows] = 0.0f;
-        multiply(total, K, across, p16, across, dp, dv, first > 0);
-        multiply(total, K, across, ds16, across, qp, dk, first > 0);
-        multiply(K, rows, tall, kt, tall, ds_pairs, dqt);
-        transpose(dqt, K, rows, dq);
+        multiply(total, K, sum, p16, across, dp, K, dv, K, first > 0);
+        multiply(total, K, sum, ds16, across, qp, K, dk, K, first > 0);
+        multiply(K, columns, filled(total, fill), kt, keys, ds_pairs, across, dqt, across);
+        transpose(dqt, across, K, rows, dq, K);
         scatter(dq, rows, K, dqkv + (b * L + first) * 3 * D + h * K, 3 * D);
       }
       scatter(dk + P * K, L, K, dqkv + b * L * 3 * D + D + h * K, 3 * D);
@@ -286,20 +314,21 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, c
   TORCH_CHECK(q.scalar_type() == at::kFloat || k.size(2) / H % 2 == 0, "heads of odd width in bfloat16");
 }
 
-void attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, const Tensor& out, const Tensor& lse) {
+void attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, bool fill, const Tensor& out, const Tensor& lse) {
   check_heads(q, k, v, H, lse);
   check(out, q, "out");
   TORCH_CHECK(out.numel() == q.numel(), "out does not fit q");
   const int64_t B = k.size(0), total = k.size(1), K = k.size(2) / H, L = q.numel() / (B * k.size(2));
   by_dtype(q, [&](auto type) {
     using T = decltype(type);
-    attention_of(data<T>(q), data<T>(k), data<T>(v), B, H, L, total, K, data<T>(out), data<float>(lse));
+    attention_of(data<T>(q), data<T>(k), data<T>(v), B, H, L, total, K, fill, data<T>(out), data<float>(lse));
   });
 }
 
 void attention_backward(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, const Tensor& out,
-    const Tensor& lse, const Tensor& dqkv, const Tensor& dk_prefix, const Tensor& dv_prefix) {
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, int64_t H, bool fill,
+    const Tensor& out, const Tensor& lse, const Tensor& dqkv, const Tensor& dk_prefix, const Tensor& dv_prefix) {
   check_heads(q, k, v, H, lse);
   for (const auto& t : {dout, out}) {
     check(t, q, "dout, out");
@@ -315,8 +344,8 @@ void attention_backward(
   by_dtype(q, [&](auto type) {
     using T = decltype(type);
     attention_backward_of(
-        data<T>(dout), data<T>(q), data<T>(k), data<T>(v), B, H, L, total, K, data<T>(out), data<float>(lse),
-        data<T>(dqkv), data<T>(dk_prefix), data<T>(dv_prefix));
+        data<T>(dout), data<T>(q), data<T>(k), data<T>(v), B, H, L, total, K, fill, data<T>(out),
+        data<float>(lse), data<T>(dqkv), data<T>(dk_prefix), data<T>(dv_prefix));
   });
 }
 
@@ -324,9 +353,10 @@ void attention_backward(
 
 TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor(a!) out, Tensor(b!) lse) -> ()", &attention);
+      "attention(Tensor q, Tensor k, Tensor v, int num_heads, bool fill, Tensor(a!) out, Tensor(b!) lse) -> ()",
+      &attention);
   m.def(
-      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, int num_heads, Tensor out, Tensor lse, "
-      "Tensor(a!) dqkv, Tensor(b!) dk_prefix, Tensor(c!) dv_prefix) -> ()",
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, int num_heads, bool fill, Tensor out, "
+      "Tensor lse, Tensor(a!) dqkv, Tensor(b!) dk_prefix, Tensor(c!) dv_prefix) -> ()",
       &attention_backward);
 }

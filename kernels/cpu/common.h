@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -61,10 +63,22 @@ inline void lanes(int64_t n, const F& f) {
   if (i < n) f(i, n - i);
 }
 
-// bfloat16 keeps 8 bits of a number: 13 bits of an exponential or of a reciprocal are as good there
+// 2^(u log2(e)) as 2^floor times a polynomial of what is above it, to 17 bits; infinities and NaN as they should be
+inline Vec short_exponential(const Vec& u) {
+  const __m512 t = _mm512_mul_ps(u, _mm512_set1_ps(1.44269504088896341f));
+  const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
+  __m512 p = _mm512_set1_ps(1.353416792833e-2f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201146058412e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.414427569091e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.930038344665e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0000025934f));
+  return _mm512_scalef_ps(p, t);
+}
+
+// bfloat16 keeps 8 bits of a number: 17 bits of an exponential and 13 of a reciprocal are as good there
 template <typename T>
 inline Vec exponential(const Vec& u) {
-  return std::is_same_v<T, float> ? u.exp() : u.fexp_u20();
+  return std::is_same_v<T, float> ? u.exp() : short_exponential(u);
 }
 
 template <typename T>
@@ -81,12 +95,57 @@ T* data(const Tensor& t) {
   return reinterpret_cast<T*>(t.data_ptr());
 }
 
+constexpr int64_t LINE = 64;  // bytes that a cache line and the widest register hold
+
+// n numbers, filled up to whole cache lines: rows at such a distance are read without crossing a line
 template <typename T>
-std::vector<T>& scratch(int which, int64_t size) {
-  static thread_local std::vector<T> buffers[2];
-  if (static_cast<int64_t>(buffers[which].size()) < size) buffers[which].resize(size);
-  return buffers[which];
+constexpr int64_t lines(int64_t n) {
+  constexpr int64_t numbers = LINE / static_cast<int64_t>(sizeof(T));
+  return (n + numbers - 1) / numbers * numbers;
 }
+
+// Memory that a thread keeps for its next call, at the start of a cache line
+template <typename T>
+T* scratch(int which, int64_t size) {
+  struct Buffer {
+    T* memory = nullptr;
+    int64_t size = 0;
+    ~Buffer() {
+      std::free(memory);
+    }
+  };
+  static thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[which];
+  if (buffer.size < size) {
+    std::free(buffer.memory);
+    buffer.size = 0;
+    buffer.memory = static_cast<T*>(std::aligned_alloc(LINE, lines<T>(size) * sizeof(T)));
+    TORCH_CHECK(buffer.memory, "no memory for ", size, " numbers");
+    buffer.size = size;
+  }
+  return buffer.memory;
+}
+
+// Hands out parts of a thread's memory, each at the start of a cache line
+template <typename T>
+class Parts {
+ public:
+  // sizes: of all parts that will be taken
+  Parts(int which, std::initializer_list<int64_t> sizes) {
+    int64_t size = 0;
+    for (const int64_t n : sizes) size += lines<T>(n);
+    next_ = scratch<T>(which, size);
+  }
+
+  T* take(int64_t n) {
+    T* part = next_;
+    next_ += lines<T>(n);
+    return part;
+  }
+
+ private:
+  T* next_;
+};
 
 // f(a number of t's dtype)
 template <typename F>

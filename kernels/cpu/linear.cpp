@@ -3,12 +3,14 @@
 //
 //     norm_linear            out = act(norm(x) W + b), and act' of the same where it is wanted
 //     linear_residual        out = residual + a W + b
-//     linear_times           out = (dy W) factor, which is act'
+//     linear_times           out = (dy W) slope, which is act'
 //     linear_norm_backward   out = dy + the gradient of x, given d W as that of norm(x); dy may be absent
 //
-// The micro-kernel is oneDNN's batch-reduce GEMM, which PyTorch exports. Weights come packed (cpu_ops.py):
-// (N / NB, K, NB) in float32, (N / NB, K / 2, NB, 2) in bfloat16, N padded with zeros. Accumulation, LayerNorm and
-// everything elementwise are in float32. Activations: 0 none, 1 silu, 2 gelu, 3 tanh gelu.
+// The micro-kernel is oneDNN's batch-reduce GEMM, which PyTorch exports. Its factors come packed (cpu_ops.py):
+// (N / NB, K, NB) in float32, (N / NB, K / 2, NB, 2) in bfloat16, N padded with zeros. On processors where PyTorch's own
+// product is so much faster that the results' way through memory pays, it multiplies, and the rest is done in passes
+// before and behind (choices.py finds out). Accumulation, LayerNorm and everything elementwise are in float32.
+// Activations: 0 none, 1 silu, 2 gelu, 3 tanh gelu.
 
 #include "common.h"
 
@@ -16,9 +18,16 @@ namespace {
 
 using namespace upt_fast;
 constexpr int64_t NB = 64;           // columns of a packed block
-constexpr int64_t PANEL_ROWS = 192;  // rows of a panel at most
 constexpr int64_t LONG_K = 1024;     // beyond it a panel is accumulated over parts of K
 constexpr int64_t PART_K = 768;
+constexpr int64_t LIBRARY_ROWS = 2048;  // of a product by PyTorch, at most, so that few results lie between
+constexpr int64_t ROWS_A_TASK = 16;
+
+// A frozen factor (K, N) and how rows are multiplied with it
+struct Factor {
+  const Tensor& values;  // packed; for PyTorch (K, N), of any strides
+  int64_t panel;         // rows of a panel at most; 0: by PyTorch
+};
 
 template <typename T>
 inline Vec sigmoid(const Vec& u) {
@@ -41,25 +50,26 @@ inline std::pair<Vec, Vec> activate(const Vec& u, int64_t kind) {
   return {Vec(0.5f) * u * (Vec(1) + t), Vec(0.5f) * (Vec(1) + t) + Vec(0.5f) * u * (Vec(1) - t * t) * slope};
 }
 
-// Multiplies panels of rows. prepare(row, rows) returns the panel's first row and the distance of its rows; finish(row,
-// rows, column, columns, c, distance) takes the float32 results; with whole_rows all
-// columns at once.
+// Multiplies rows with a frozen factor of N columns. prepare(row, rows, into) returns the first of rows and their
+// distance; it may write them into `into`. finish(row, rows, column, columns, c, distance) takes results, float32 from
+// the micro-kernel and of the rows' dtype from PyTorch; with whole_rows all columns at once.
 template <typename T, typename Prepare, typename Finish>
-void products(
-    int64_t M, int64_t K, int64_t N, const T* packed, const Prepare& prepare, const Finish& finish,
-    bool whole_rows = false) {
+void in_panels(
+    int64_t M, int64_t K, int64_t N, const T* packed, int64_t most, const Prepare& prepare, const Finish& finish,
+    bool whole_rows) {
   constexpr bool vnni = !std::is_same_v<T, float>;
   const int64_t threads = at::get_num_threads();
-  const int64_t panels = threads * ((M + threads * PANEL_ROWS - 1) / (threads * PANEL_ROWS));
+  const int64_t panels = threads * ((M + threads * most - 1) / (threads * most));
   const int64_t height = (M + panels - 1) / panels, blocks = (N + NB - 1) / NB;
   const bool whole = whole_rows || K > LONG_K;  // all columns of a panel at once, K in parts
   const int64_t distance = whole ? blocks * NB : NB;
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    float* c = scratch<float>(0, height * distance).data();
+    float* c = scratch<float>(0, height * distance);
+    T* into = scratch<T>(1, Prepare::copies ? height * K : 0);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p * height, rows = std::min(height, M - row);
       if (rows <= 0) break;
-      const auto [a, lda] = prepare(row, rows);
+      const auto [a, lda] = prepare(row, rows, into);
       for (int64_t k = 0; whole && k < K; k += PART_K) {
         const int64_t part = std::min(PART_K, K - k);
         for (int64_t j = 0; j < blocks; ++j) {
@@ -80,6 +90,45 @@ void products(
   });
 }
 
+template <typename T, typename Prepare, typename Finish>
+void by_library(int64_t M, int64_t K, int64_t N, const Tensor& values, const Prepare& prepare, const Finish& finish) {
+  const int64_t parts = (M + LIBRARY_ROWS - 1) / LIBRARY_ROWS, height = (M + parts - 1) / parts;
+  T *c = scratch<T>(0, height * N), *into = scratch<T>(1, Prepare::copies ? height * K : 0);
+  for (int64_t row = 0; row < M; row += height) {
+    const int64_t rows = std::min(height, M - row);
+    if (Prepare::copies)
+      at::parallel_for(0, rows, ROWS_A_TASK, [&](int64_t b, int64_t e) { prepare(row + b, e - b, into + b * K); });
+    T* a = Prepare::copies ? into : const_cast<T*>(prepare(row, rows, into).first);
+    const Tensor left = at::from_blob(a, {rows, K}, values.options());
+    Tensor product = at::from_blob(c, {rows, N}, values.options());
+    at::mm_out(product, left, values);
+    at::parallel_for(0, rows, ROWS_A_TASK, [&](int64_t b, int64_t e) { finish(row + b, e - b, 0, N, c + b * N, N); });
+  }
+}
+
+// Rows as they lie.
+template <typename T>
+struct AsTheyLie {
+  static constexpr bool copies = false;
+  const T* rows;
+  int64_t K;
+  std::pair<const T*, int64_t> operator()(int64_t row, int64_t, T*) const {
+    return {rows + row * K, K};
+  }
+};
+
+template <typename T, typename Prepare, typename Finish>
+void products(
+    int64_t M, int64_t K, int64_t N, const Factor& factor, const Prepare& prepare, const Finish& finish,
+    bool whole_rows = false) {
+  if (M == 0) return;
+  if (factor.panel == 0) {
+    by_library<T>(M, K, N, factor.values, prepare, finish);
+  } else {
+    in_panels<T>(M, K, N, data<T>(factor.values), factor.panel, prepare, finish, whole_rows);
+  }
+}
+
 // one row's mean and 1 / standard deviation
 template <typename T>
 inline std::pair<float, float> moments(const T* x, int64_t n, double eps) {
@@ -95,9 +144,31 @@ inline std::pair<float, float> moments(const T* x, int64_t n, double eps) {
   return {mean, static_cast<float>(1.0 / std::sqrt(static_cast<double>(variance) + eps))};
 }
 
+// Rows normalised, their moments kept.
+template <typename T>
+struct Normalize {
+  static constexpr bool copies = true;
+  const T* x;
+  float *mean, *rstd;
+  int64_t K;
+  double eps;
+  std::pair<const T*, int64_t> operator()(int64_t row, int64_t rows, T* into) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = x + (row + r) * K;
+      const auto [m, s] = moments(from, K, eps);
+      mean[row + r] = m;
+      rstd[row + r] = s;
+      lanes(K, [&, m = m, s = s](int64_t i, int64_t n) {
+        write(into + r * K + i, (read(from + i, n) - Vec(m)) * Vec(s), n);
+      });
+    }
+    return {into, K};
+  }
+};
+
 template <typename T>
 void norm_linear_of(
-    const Tensor& x, double eps, const Tensor& packed, int64_t N, const std::optional<Tensor>& bias, int64_t act,
+    const Tensor& x, double eps, const Factor& factor, int64_t N, const std::optional<Tensor>& bias, int64_t act,
     const std::optional<Tensor>& slope, at::TensorList outs, at::IntArrayRef length, at::IntArrayRef stride,
     at::IntArrayRef first, const Tensor& mean, const Tensor& rstd) {
   const int64_t M = x.size(0), K = x.size(1), width = N / static_cast<int64_t>(outs.size());
@@ -107,18 +178,8 @@ void norm_linear_of(
   T* ps = slope ? data<T>(*slope) : nullptr;
   std::vector<T*> po;
   for (const auto& out : outs) po.push_back(data<T>(out));
-  auto prepare = [&](int64_t row, int64_t rows) {
-    T* h = scratch<T>(1, rows * K).data();
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* from = px + (row + r) * K;
-      const auto [m, s] = moments(from, K, eps);
-      pm[row + r] = m;
-      pr[row + r] = s;
-      lanes(K, [&, m = m, s = s](int64_t i, int64_t n) { write(h + r * K + i, (read(from + i, n) - Vec(m)) * Vec(s), n); });
-    }
-    return std::pair<const T*, int64_t>(h, K);
-  };
-  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c, int64_t distance) {
+  const Normalize<T> prepare{px, pm, pr, K, eps};
+  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const auto* c, int64_t distance) {
     for (int64_t done = 0; done < columns;) {  // a block of columns may reach into the next output
       const int64_t o = (column + done) / width, inside = (column + done) % width;
       const int64_t n = std::min(columns - done, width - inside);
@@ -140,18 +201,18 @@ void norm_linear_of(
       done += n;
     }
   };
-  products<T>(M, K, N, data<T>(packed), prepare, finish);
+  products<T>(M, K, N, factor, prepare, finish);
 }
 
 template <typename T>
 void linear_residual_of(
-    const Tensor& a, const Tensor& packed, int64_t N, const std::optional<Tensor>& bias,
+    const Tensor& a, const Factor& factor, int64_t N, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual, const Tensor& out) {
   const int64_t M = a.size(0), K = a.size(1);
   const T *pa = data<T>(a), *pb = bias ? data<T>(*bias) : nullptr, *px = residual ? data<T>(*residual) : nullptr;
   T* po = data<T>(out);
-  auto prepare = [&](int64_t row, int64_t) { return std::pair<const T*, int64_t>(pa + row * K, K); };
-  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c, int64_t distance) {
+  const AsTheyLie<T> prepare{pa, K};
+  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const auto* c, int64_t distance) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * N + column;
       lanes(columns, [&](int64_t i, int64_t n) {
@@ -162,39 +223,39 @@ void linear_residual_of(
       });
     }
   };
-  products<T>(M, K, N, data<T>(packed), prepare, finish);
+  products<T>(M, K, N, factor, prepare, finish);
 }
 
 template <typename T>
-void linear_times_of(const Tensor& dy, const Tensor& packed, int64_t N, const Tensor& factor, const Tensor& out) {
+void linear_times_of(const Tensor& dy, const Factor& factor, int64_t N, const Tensor& slope, const Tensor& out) {
   const int64_t M = dy.size(0), K = dy.size(1);
-  const T *pd = data<T>(dy), *pf = data<T>(factor);
+  const T *pd = data<T>(dy), *ps = data<T>(slope);
   T* po = data<T>(out);
-  auto prepare = [&](int64_t row, int64_t) { return std::pair<const T*, int64_t>(pd + row * K, K); };
-  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c, int64_t distance) {
+  const AsTheyLie<T> prepare{pd, K};
+  auto finish = [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const auto* c, int64_t distance) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * N + column;
       lanes(columns, [&](int64_t i, int64_t n) {
-        write(po + at + i, read(c + r * distance + i, n) * read(pf + at + i, n), n);
+        write(po + at + i, read(c + r * distance + i, n) * read(ps + at + i, n), n);
       });
     }
   };
-  products<T>(M, K, N, data<T>(packed), prepare, finish);
+  products<T>(M, K, N, factor, prepare, finish);
 }
 
 template <typename T>
 void linear_norm_backward_of(
-    const Tensor& d, const Tensor& packed, int64_t N, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const Tensor& d, const Factor& factor, int64_t N, const Tensor& x, const Tensor& mean, const Tensor& rstd,
     const std::optional<Tensor>& dy, const Tensor& out) {
   const int64_t M = d.size(0), K = d.size(1);
   const T *pd = data<T>(d), *px = data<T>(x), *py = dy ? data<T>(*dy) : nullptr;
   const float *pm = data<float>(mean), *pr = data<float>(rstd);
   T* po = data<T>(out);
   const float scale = 1.0f / static_cast<float>(N);
-  auto prepare = [&](int64_t row, int64_t) { return std::pair<const T*, int64_t>(pd + row * K, K); };
-  auto finish = [&](int64_t row, int64_t rows, int64_t, int64_t, const float* c, int64_t distance) {
+  const AsTheyLie<T> prepare{pd, K};
+  auto finish = [&](int64_t row, int64_t rows, int64_t, int64_t, const auto* c, int64_t distance) {
     for (int64_t r = 0; r < rows; ++r) {
-      const float* g = c + r * distance;
+      const auto* g = c + r * distance;
       const T *xr = px + (row + r) * N, *yr = py ? py + (row + r) * N : nullptr;
       T* to = po + (row + r) * N;
       const Vec m(pm[row + r]), s(pr[row + r]);
@@ -213,24 +274,28 @@ void linear_norm_backward_of(
       });
     }
   };
-  products<T>(M, K, N, data<T>(packed), prepare, finish, /*whole_rows=*/true);
+  products<T>(M, K, N, factor, prepare, finish, /*whole_rows=*/true);
 }
 
-void check_packed(const Tensor& packed, const Tensor& rows, int64_t n) {
+void check_factor(const Tensor& factor, int64_t panel, const Tensor& rows, int64_t n) {
   TORCH_CHECK(rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kBFloat16, "wanted float32 or bfloat16");
   TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.device().is_cpu(), "wanted contiguous rows on the CPU");
-  check(packed, rows, "packed weights");
+  TORCH_CHECK(factor.scalar_type() == rows.scalar_type() && factor.device().is_cpu(), "wanted a factor like the rows");
+  const int64_t blocks = (n + NB - 1) / NB;
+  const bool fits = panel == 0 ? factor.dim() == 2 && factor.size(0) == rows.size(1) && factor.size(1) == n
+                               : panel > 0 && factor.dim() > 2 && factor.size(0) == blocks &&
+          factor.numel() == blocks * NB * rows.size(1) && factor.is_contiguous();
   TORCH_CHECK(
-      packed.size(0) == (n + NB - 1) / NB && packed.numel() == packed.size(0) * NB * rows.size(1),
-      "packed weights of ", packed.sizes(), " do not fit rows of ", rows.size(1), " and ", n, " columns");
+      fits, "a factor of ", factor.sizes(), " and panels of ", panel, " do not fit rows of ", rows.size(1), " and ", n,
+      " columns");
 }
 
 void norm_linear(
-    const Tensor& x, double eps, const Tensor& packed, const std::optional<Tensor>& bias, int64_t act,
+    const Tensor& x, double eps, const Tensor& factor, int64_t panel, const std::optional<Tensor>& bias, int64_t act,
     const std::optional<Tensor>& slope, at::TensorList outs, at::IntArrayRef length, at::IntArrayRef stride,
     at::IntArrayRef first, const Tensor& mean, const Tensor& rstd) {
   const int64_t width = outs[0].size(-1), N = width * static_cast<int64_t>(outs.size());
-  check_packed(packed, x, N);
+  check_factor(factor, panel, x, N);
   for (const auto& out : outs) check(out, x, "out");
   if (bias) check(*bias, x, "bias");
   if (slope) check(*slope, x, "slope");
@@ -247,14 +312,14 @@ void norm_linear(
     TORCH_CHECK(rows == 0 || last < outs[o].numel() / width, "out ", o, " is too small for ", rows, " rows");
   }
   by_dtype(x, [&](auto type) {
-    norm_linear_of<decltype(type)>(x, eps, packed, N, bias, act, slope, outs, length, stride, first, mean, rstd);
+    norm_linear_of<decltype(type)>(x, eps, {factor, panel}, N, bias, act, slope, outs, length, stride, first, mean, rstd);
   });
 }
 
 void linear_residual(
-    const Tensor& a, const Tensor& packed, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    const Tensor& out) {
-  check_packed(packed, a, out.size(-1));
+    const Tensor& a, const Tensor& factor, int64_t panel, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const Tensor& out) {
+  check_factor(factor, panel, a, out.size(-1));
   check(out, a, "out");
   if (bias) check(*bias, a, "bias");
   if (residual) check(*residual, a, "residual");
@@ -262,24 +327,25 @@ void linear_residual(
   TORCH_CHECK(out.numel() == a.size(0) * out.size(-1), "out does not fit ", a.size(0), " rows");
   TORCH_CHECK(!residual || residual->numel() == out.numel(), "residual does not fit out");
   by_dtype(a, [&](auto type) {
-    linear_residual_of<decltype(type)>(a, packed, out.size(-1), bias, residual, out);
+    linear_residual_of<decltype(type)>(a, {factor, panel}, out.size(-1), bias, residual, out);
   });
 }
 
-void linear_times(const Tensor& dy, const Tensor& packed, const Tensor& factor, const Tensor& out) {
-  check_packed(packed, dy, out.size(-1));
-  check(factor, dy, "factor");
+void linear_times(
+    const Tensor& dy, const Tensor& factor, int64_t panel, const Tensor& slope, const Tensor& out) {
+  check_factor(factor, panel, dy, out.size(-1));
+  check(slope, dy, "slope");
   check(out, dy, "out");
-  TORCH_CHECK(out.numel() == dy.size(0) * out.size(-1) && factor.numel() == out.numel(), "factor and out must fit dy's rows");
+  TORCH_CHECK(out.numel() == dy.size(0) * out.size(-1) && slope.numel() == out.numel(), "slope and out must fit dy's rows");
   by_dtype(dy, [&](auto type) {
-    linear_times_of<decltype(type)>(dy, packed, out.size(-1), factor, out);
+    linear_times_of<decltype(type)>(dy, {factor, panel}, out.size(-1), slope, out);
   });
 }
 
 void linear_norm_backward(
-    const Tensor& d, const Tensor& packed, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const Tensor& d, const Tensor& factor, int64_t panel, const Tensor& x, const Tensor& mean, const Tensor& rstd,
     const std::optional<Tensor>& dy, const Tensor& out) {
-  check_packed(packed, d, out.size(-1));
+  check_factor(factor, panel, d, out.size(-1));
   check(x, d, "x");
   if (dy) check(*dy, d, "dy");
   check(out, d, "out");
@@ -289,7 +355,7 @@ void linear_norm_backward(
           rstd.numel() == d.size(0) && mean.scalar_type() == at::kFloat && rstd.scalar_type() == at::kFloat,
       "x, dy, out, mean and rstd must fit d's rows");
   by_dtype(d, [&](auto type) {
-    linear_norm_backward_of<decltype(type)>(d, packed, out.size(-1), x, mean, rstd, dy, out);
+    linear_norm_backward_of<decltype(type)>(d, {factor, panel}, out.size(-1), x, mean, rstd, dy, out);
   });
 }
 
@@ -297,15 +363,15 @@ void linear_norm_backward(
 
 TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
   m.def(
-      "norm_linear(Tensor x, float eps, Tensor packed, Tensor? bias, int act, Tensor(a!)? slope, Tensor[] outs, "
-      "int[] length, int[] stride, int[] first, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+      "norm_linear(Tensor x, float eps, Tensor factor, int panel, Tensor? bias, int act, Tensor(a!)? slope, "
+      "Tensor[] outs, int[] length, int[] stride, int[] first, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
       &norm_linear);
   m.def(
-      "linear_residual(Tensor a, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()",
+      "linear_residual(Tensor a, Tensor factor, int panel, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()",
       &linear_residual);
-  m.def("linear_times(Tensor dy, Tensor packed, Tensor factor, Tensor(a!) out) -> ()", &linear_times);
+  m.def("linear_times(Tensor dy, Tensor factor, int panel, Tensor slope, Tensor(a!) out) -> ()", &linear_times);
   m.def(
-      "linear_norm_backward(Tensor d, Tensor packed, Tensor x, Tensor mean, Tensor rstd, Tensor? dy, Tensor(a!) out) "
-      "-> ()",
+      "linear_norm_backward(Tensor d, Tensor factor, int panel, Tensor x, Tensor mean, Tensor rstd, Tensor? dy, "
+      "Tensor(a!) out) -> ()",
       &linear_norm_backward);
 }

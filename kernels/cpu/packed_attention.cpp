@@ -89,7 +89,7 @@ void forward_of(
   const int64_t H = k.size(1), K = k.size(2), D = H * K, S = prefix_k.size(0), P = prefix_k.size(1);
   const int64_t most = P + longest(first, sets[S]);
   by_group(sets, S, first, H, [&](int64_t, int64_t s, int64_t h, int64_t from, int64_t to) {
-    float *p = scratch<float>(0, most + 2 * K).data(), *query = p + most, *o = query + K;
+    float *p = scratch<float>(0, most + 2 * K), *query = p + most, *o = query + K;
     const int64_t shared = s * P * D + h * K;
     const Head<T> head{
         data<T>(k) + h * K, data<T>(v) + h * K, data<T>(prefix_k) + shared, data<T>(prefix_v) + shared, P, D, K};
@@ -118,7 +118,7 @@ void backward_of(
   const int64_t most = longest(first, sets[S]), part = 2 * P * K;
   const Tensor parts = at::zeros({S * H * GROUPS * part}, q.options().dtype(at::kFloat));
   by_group(sets, S, first, H, [&](int64_t task, int64_t s, int64_t h, int64_t from, int64_t to) {
-    float* p = scratch<float>(0, 2 * (P + most) + 3 * K + 2 * most * K).data();
+    float* p = scratch<float>(0, 2 * (P + most) + 3 * K + 2 * most * K);
     float *dp = p + P + most, *query = dp + P + most, *grad = query + K, *dquery = grad + K, *own_k = dquery + K;
     float *own_v = own_k + most * K, *shared_k = parts.data_ptr<float>() + task * part, *shared_v = shared_k + P * K;
     const int64_t shared = s * P * D + h * K;

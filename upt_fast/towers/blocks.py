@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import cpu_ops, dispatch, fp8, ops
+from upt_fast import cpu_choices, cpu_ops, dispatch, fp8, ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
 from upt_fast.cpu_ops import FrozenWeight
 from upt_fast.fp8 import Fp8Weight
@@ -27,6 +27,8 @@ from upt_fast.workspace import MemoryPool, Workspace
 
 QUICK_GELU_SLOPE = 1.702
 MEMORY_LEVELS = ("fast", "balanced", "lean")
+# rows at which the CPU's products are chosen: of a batch of images, and of a hundred class names
+TYPICAL_BATCH, MOST_ROWS, TEXT_ROWS = 8, 2048, 384
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: FrozenNorm | None) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,7 @@ class FrozenBlocks(nn.Module):
             "lean": recompute the whole block from its input.
         backend: of the ops, as dispatch.resolve returns it.
         quantized: the linears' weights are in fp8 (upt_fast/fp8.py) beside dtype, and whole blocks run op by op.
+        length: rows of an image; 0: the rows are those of packed class names.
     """
 
     def __init__(
@@ -69,13 +72,14 @@ class FrozenBlocks(nn.Module):
         memory: str = "fast",
         backend: str = "torch",
         quantized: bool = False,
+        length: int = 0,
     ) -> None:
         super().__init__()
         self.backend, self.streams = backend, dispatch.uses_streams(backend)
         self.copies_prompts = dispatch.copies_prompts(backend)
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
-        self.quantized = quantized
+        self.quantized, self.length = quantized, length
         self._pool = MemoryPool()
         self.eps_1 = tuple(b.ln_1.eps for b in blocks)
         self.eps_2 = tuple(b.ln_2.eps for b in blocks)
@@ -153,7 +157,8 @@ class FrozenBlocks(nn.Module):
         """The weights of layer i."""
         qkv, out, fc, proj = (self._frozen_weight(name, i) for name in ("qkv", "out", "fc", "proj"))
         mlp = MLPWeights(fc, self.fc_bias[i], proj, self.proj_bias[i], self.eps_2[i], self.activation)
-        return BlockWeights(qkv, self.qkv_bias[i], out, self.out_bias[i], self.eps_1[i], self.num_heads, mlp)
+        eps, heads = self.eps_1[i], self.num_heads
+        return BlockWeights(qkv, self.qkv_bias[i], out, self.out_bias[i], eps, heads, mlp, self._fill)
 
     def weight(self, name: str, i: int) -> FrozenWeight | Fp8Weight:
         """Layer i's weight "out", "fc" or "proj" as the ops take it, quantised or packed where it is."""
@@ -179,17 +184,23 @@ class FrozenBlocks(nn.Module):
     def _pack(self) -> None:
         """Pack the weights for the CPU operations where those run."""
         self._packed: dict[tuple[str, int], FrozenWeight] = {}
+        self._fill = False
         if self.quantized:
             return
         weight = self.qkv_weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            cpu_choices.float32_product()  # now, so that a run can write it down
         if weight.device.type != "cpu" or self.streams or cpu_ops.refusal(weight.dtype, self.width, self.num_heads):
             return
+        rows = min(TYPICAL_BATCH * self.length, MOST_ROWS) or TEXT_ROWS
+        if self.length:
+            self._fill = cpu_choices.fills(self.num_heads, self.width, self.length, weight.dtype)
         for name in ("qkv", "out", "fc", "proj"):
             for i, plain in enumerate(getattr(self, f"{name}_weight")):
                 if name == "qkv" and i == self.num_layers - 1:  # its queries are those of few rows
-                    self._packed["kv", i] = FrozenWeight.pack(plain[self.width :])
+                    self._packed["kv", i] = cpu_choices.prepare("kv", plain[self.width :], rows)
                 else:
-                    self._packed[name, i] = FrozenWeight.pack(plain)
+                    self._packed[name, i] = cpu_choices.prepare(name, plain, rows)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:
         if self.quantized:

@@ -39,7 +39,8 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         of_blocks = vision.blocks, vision.num_heads, vision.activation
-        self.blocks = FrozenBlocks(*of_blocks, dtype, memory, backend, quantized)
+        length = len(vision.positional_embedding)
+        self.blocks = FrozenBlocks(*of_blocks, dtype, memory, backend, quantized, length)
         self.head = FrozenHead(vision.ln_post, vision.projection, None, dtype)
         self.image_size, self.pooling, self.norm_after_pool = vision.image_size, vision.pooling, vision.norm_after_pool
         self.pre_eps = None if vision.ln_pre is None else vision.ln_pre.eps

@@ -2,6 +2,7 @@
 
     RUN/config.json        the settings
     RUN/split.json         class names and the images of the run
+    RUN/choices.json       which of several exact ways computes what (choices.py), for a resumed run to be the same
     RUN/metrics.jsonl      one line per epoch
     RUN/tensorboard/
     RUN/checkpoints/epoch-0007/    the learner (FastPromptedCLIP.load reads it), training_state.safetensors and .json

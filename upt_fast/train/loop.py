@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import upt_fast
+from upt_fast import choices
 from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset, derive_seed
 from upt_fast.data.folder import ALL_IMAGES, FewShotSplit, ImageItem, few_shot_split, scan_folder, shorten
 from upt_fast.data.images import corrupt_message, decode_images
@@ -55,6 +56,7 @@ logger = logging.getLogger("upt_fast")
 
 GIB = 2**30
 CONFIG_FILE, SPLIT_FILE, METRICS_FILE, RESULTS_FILE = "config.json", "split.json", "metrics.jsonl", "results.json"
+CHOICES_FILE = "choices.json"
 
 
 class TrainingDivergedError(RuntimeError):
@@ -114,6 +116,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with locked(out):
+            if is_run(out) and (out / CHOICES_FILE).is_file():  # older runs have none
+                choices.restore(read_json(out / CHOICES_FILE))
             model = _build_model(config, listing.classnames, out, device)
             data = _load_data(config, model, listing.classnames, split)
             return _run(config, out, model, data)
@@ -143,7 +147,7 @@ def _check_out(config: TrainConfig, out: Path) -> None:
 
 def _is_leftover(name: str) -> bool:
     """Whether a file is what a run leaves that was killed before it had written its settings."""
-    return name in (LOCK_FILE, SPLIT_FILE) or (name.startswith(".") and name.endswith(".tmp"))
+    return name in (LOCK_FILE, SPLIT_FILE, CHOICES_FILE) or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _build_model(config: TrainConfig, classnames: Sequence[str], out: Path, device: torch.device) -> FastPromptedCLIP:
@@ -246,6 +250,7 @@ def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData)
             raise ValueError(f"cannot resume {out}: the images in {config.data} changed ({', '.join(changed)} differ)")
     else:
         write_json(out / SPLIT_FILE, described)
+        write_json(out / CHOICES_FILE, choices.record())
         write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
 
     if not any(True for _ in model.parameters()):
