@@ -1,8 +1,46 @@
-"""How far results are from what is wanted."""
+"""How far results are from what is wanted, and how far rounding alone may take them.
+
+What rounding may do to a result hangs on the arithmetic: the precision, the lengths of sums, what cancels, the condition
+of a softmax. It is found by doing the arithmetic again and again in float64 with random errors in it (Monte Carlo
+arithmetic, Parker 1997): each operation's result is off as rounding to the precision in question leaves it, and what a
+sum adds up by as much times the root of half its length, as if it were added one by one. The spread of the results is
+the error that an honest computation has, in any order and on any processor; a wrong one is off by far more.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROUNDING = 0.25  # spread of one rounding's error in units in the last place, 0.2 to 0.3 where it is spread evenly
+SAMPLES = 8  # of the arithmetic with errors in it
+SPREADS = 6.0  # that a result may be off: one in 5e8 where errors have one common cause, and then are normal
+EXACT = 2  # units in the last place that any result may be off, at no need to ask further
+
+# operations that move numbers and make none
+MOVES = frozenset(
+    (
+        *("_to_copy", "_unsafe_index", "_unsafe_view", "cat", "clone", "constant_pad_nd", "copy", "diagonal_backward"),
+        *("embedding", "empty", "empty_like", "expand_copy", "fill", "flip", "full", "full_like", "gather", "index"),
+        *("index_select", "masked_fill", "masked_select", "new_empty", "new_full", "new_ones", "new_zeros", "ones"),
+        *("ones_like", "repeat", "roll", "scatter", "select_backward", "slice_backward", "stack", "tril", "triu"),
+        *("where", "zeros", "zeros_like"),
+    )
+)
+# those that add up over the last dimension of the argument of this place
+PRODUCTS = {"mm": 0, "bmm": 0, "dot": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1, "addbmm": 1}
+ROWS = frozenset(
+    (
+        *("_softmax", "_log_softmax", "logsumexp", "native_layer_norm", "linalg_vector_norm", "var", "std", "var_mean"),
+        *("_softmax_backward_data", "_log_softmax_backward_data", "native_layer_norm_backward"),
+    )
+)
+SUMS = frozenset(("sum", "mean", "nansum", "norm"))
 
 
 def relative_rms(got: Tensor, wanted: Tensor) -> float:
@@ -28,3 +66,109 @@ def max_error(got: Tensor, wanted: Tensor) -> float:
         return 0.0
     error = float((got - wanted).abs().max())
     return float("inf") if error != error else error / max(1.0, float(wanted.abs().max()))
+
+
+class RoundingErrors(TorchDispatchMode):
+    """Operations in float64 whose results are off as if they were rounded to another precision; see the module.
+
+    Args:
+        dtype: the precision in which results are rounded; sums are in float32 where it has less.
+        seed: of the errors.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.unit = ROUNDING * torch.finfo(dtype).eps
+        self.sum_unit = min(self.unit, ROUNDING * torch.finfo(torch.float32).eps)
+        self.seed, self.generators = seed, dict[torch.device, torch.Generator]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        arithmetic = name not in MOVES and all(r.alias_info is None for r in func._schema.returns)
+        if not arithmetic:
+            return func(*args, **(kwargs or {}))
+        length = _summed(name, args)
+        if length > 1:
+            error = self.sum_unit * math.sqrt(length / 2)
+            args = [self.off(t, error) if isinstance(t, Tensor) else t for t in args]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, (tuple, list)):
+            return type(out)(self.off(t, self.unit) if isinstance(t, Tensor) else t for t in out)
+        return self.off(out, self.unit) if isinstance(out, Tensor) else out
+
+    def off(self, t: Tensor, error: float) -> Tensor:
+        """t with relative errors of this spread."""
+        if t.dtype != torch.float64 or t.numel() == 0:
+            return t
+        if t.device not in self.generators:
+            self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
+        errors = torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=self.generators[t.device])
+        return t * errors.mul_(error).add_(1.0)
+
+
+def _summed(name: str, args: Sequence[Any]) -> int:
+    """How many numbers an operation adds up for each of its results; 1: none."""
+    if name in PRODUCTS:
+        return args[PRODUCTS[name]].shape[-1]
+    if name in ROWS and args[0].ndim:
+        return args[0].shape[-1]
+    if name in SUMS:
+        dims = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) and args[1] else range(args[0].ndim)
+        return math.prod(args[0].shape[d] for d in dims)
+    if name.startswith("_scaled_dot_product"):
+        return max(args[0].shape[-1], *(t.shape[-2] for t in args if isinstance(t, Tensor) and t.ndim > 1))
+    if name.startswith("convolution"):
+        return math.prod(args[1].shape[1:])
+    if name in ("index_add", "index_put", "_index_put_impl_", "embedding_dense_backward"):
+        return len(args[0]) if name == "embedding_dense_backward" else args[0].shape[0]
+    return 1
+
+
+def rounding_spread(run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
+    """What a function returns in float64, and how far rounding may take each of its tensors.
+
+    Args:
+        run: computes in float64, its gradients included.
+        dtype: the precision of a computation that is to be compared.
+    Returns:
+        the results, and for each the root mean square of what rounding to dtype changes.
+    """
+    wanted = [t.detach() for t in run()]
+    squares = [0.0] * len(wanted)
+    for seed in range(SAMPLES):
+        with RoundingErrors(dtype, seed):
+            found = [t.detach() for t in run()]
+        squares = [s + _mean_square(f - w) for s, f, w in zip(squares, found, wanted, strict=True)]
+    return wanted, [math.sqrt(s / SAMPLES) for s in squares]
+
+
+def _mean_square(t: Tensor) -> float:
+    return float(t.double().square().mean()) if t.numel() else 0.0
+
+
+def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> list[float]:
+    """Errors of results as shares of what rounding explains: at most 1 where they are right.
+
+    Args:
+        got: results of a computation in dtype.
+        run: computes the same in float64, see :func:`rounding_spread`.
+        dtype: the lowest precision in which results are kept on the way.
+    """
+    wanted = [t.detach() for t in run()]
+    exact = EXACT * torch.finfo(dtype).eps
+    shares = [relative_rms(g, w) / exact for g, w in zip(got, wanted, strict=True)]
+    if max(shares, default=0.0) <= 1 or not all(map(math.isfinite, shares)):
+        return shares
+    wanted, spreads = rounding_spread(run, dtype)
+    found = []
+    for g, w, spread in zip(got, wanted, spreads, strict=True):
+        error = math.sqrt(_mean_square(g.detach().double().to(w.device) - w))
+        allowed = max(SPREADS * spread, exact * math.sqrt(_mean_square(w)))
+        found.append(error / allowed if error else 0.0)
+    return found
+
+
+def assert_rounded(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> None:
+    """Raise an AssertionError unless results are off by no more than rounding explains; see :func:`excesses`."""
+    found = excesses(got, run, dtype)
+    assert max(found, default=0.0) <= 1, f"errors as shares of what rounding to {dtype} explains: {found}"

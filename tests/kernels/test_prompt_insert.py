@@ -9,17 +9,15 @@ from upt_fast.kernels import _launch
 from upt_fast.kernels import prompt_insert as kernel
 
 from upt_fast import ops
-from upt_fast.closeness import relative_rms
+from upt_fast.closeness import assert_rounded, relative_rms
 from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# of outputs, of gradients; the interpreter has no bfloat16
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-2)}
-if DEVICE == "cuda":
-    TOLERANCES[torch.bfloat16] = (1e-2, 1e-2)
-HALF = [dtype for dtype in TOLERANCES if dtype.itemsize == 2]
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# the interpreter has no bfloat16
+PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
+HALF = PRECISIONS[1:]
+DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 EPS = 1e-5
 NAN = float("nan")
 
@@ -37,6 +35,11 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -
 
 def integers(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def lowest(*tensors: torch.Tensor) -> torch.dtype:
+    """The lowest of their precisions."""
+    return min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
 
 
 def is_float(t: torch.Tensor | None) -> bool:
@@ -73,14 +76,16 @@ def compare(x, y, prompts, set_index, weights=None) -> None:
     others = [(t, t.detach().clone()) for t in inputs[1:] if t is not None]
     outputs, gradients, leaves = evaluate(ops.prompt_insert, inputs, weights, backend="triton")
     exact = [t.detach().double().requires_grad_(t.requires_grad) if is_float(t) else t for t in inputs]
-    wanted = evaluate(reference.prompt_insert, exact, [None if w is None else w.double() for w in weights])
-    for got, want in zip(outputs, wanted[0], strict=True):
-        assert got.dtype == dtype
-        assert got.is_contiguous()
-        assert relative_rms(got, want) <= TOLERANCES[dtype][0]
-    for t, got, want in zip(leaves, gradients, wanted[1], strict=True):
-        assert got.dtype == t.dtype
-        assert relative_rms(got, want) <= max(TOLERANCES[dtype][1], TOLERANCES[t.dtype][1])
+    exact_weights = [None if w is None else w.double() for w in weights]
+    assert {t.dtype for t in outputs} == {dtype}
+    assert all(t.is_contiguous() for t in outputs)
+    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+
+    def run():
+        wanted = evaluate(reference.prompt_insert, exact, exact_weights)
+        return [*wanted[0], *wanted[1]]
+
+    assert_rounded([*outputs, *gradients], run, lowest(*filter(is_float, inputs)))
     for t, before in others:
         assert torch.equal(t.nan_to_num(7.0), before.nan_to_num(7.0))
 
@@ -324,10 +329,13 @@ def compare_shared(own, shared, places, weight=None) -> None:
     assert got.is_contiguous()
     assert torch.equal(got, wanted.to(own.dtype))
     gradients = torch.autograd.grad(got, [own, shared], weight)
-    wanted = torch.autograd.grad(wanted, exact, weight.double(), materialize_grads=True)
-    for t, g, w in zip((own, shared), gradients, wanted, strict=True):
-        assert g.dtype == t.dtype
-        assert relative_rms(g, w) <= max(TOLERANCES[own.dtype][1], TOLERANCES[t.dtype][1])
+    assert [g.dtype for g in gradients] == [own.dtype, shared.dtype]
+
+    def run():
+        wanted = reference.insert_shared(*exact, places)
+        return torch.autograd.grad(wanted, exact, weight.double(), materialize_grads=True)
+
+    assert_rounded(gradients, run, lowest(own, shared))
     assert all(map(torch.equal, (own, shared), before))
 
 

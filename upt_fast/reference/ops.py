@@ -3,6 +3,7 @@ arguments but for what only steers memory."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,9 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
     u = u if bias is None else u + bias
     if kind == "quick_gelu":
         return u * torch.sigmoid(u)
-    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+    if kind == "gelu":
+        return 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
+    return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
