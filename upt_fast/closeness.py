@@ -1,10 +1,10 @@
 """How far results are from what is wanted, and how far rounding alone may take them.
 
-What rounding may do to a result hangs on the arithmetic: the precision, the lengths of sums, what cancels, the condition
-of a softmax. It is found by doing the arithmetic again and again in float64 with random errors in it (Monte Carlo
-arithmetic, Parker 1997): each operation's result is off as rounding to the precision in question leaves it, and what a
-sum adds up by as much times the root of half its length, as if it were added one by one. The spread of the results is
-the error that an honest computation has, in any order and on any processor; a wrong one is off by far more.
+What rounding may do to a result hangs on the arithmetic: the precision, the lengths of sums, what cancels, the
+condition of a softmax. It is found by doing the arithmetic again and again in float64 with random errors in it (Monte
+Carlo arithmetic, Parker 1997): each operation's result is off as rounding to the precision in question leaves it, and
+what a sum adds up by as much times the root of half its length, as if it were added one by one. The spread of the
+results is the error that an honest computation has, in any order and on any processor; a wrong one is off by far more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROUNDING = 0.25  # spread of one rounding's error in units in the last place, 0.2 to 0.3 where it is spread evenly
 SAMPLES = 8  # of the arithmetic with errors in it
+CLEAR = 0.4  # of what is allowed: a smaller error needs no further samples
 SPREADS = 6.0  # that a result may be off: one in 5e8 where errors have one common cause, and then are normal
 EXACT = 2  # units in the last place that any result may be off, at no need to ask further
 
@@ -124,26 +125,8 @@ def _summed(name: str, args: Sequence[Any]) -> int:
     return 1
 
 
-def rounding_spread(run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
-    """What a function returns in float64, and how far rounding may take each of its tensors.
-
-    Args:
-        run: computes in float64, its gradients included.
-        dtype: the precision of a computation that is to be compared.
-    Returns:
-        the results, and for each the root mean square of what rounding to dtype changes.
-    """
-    wanted = [t.detach() for t in run()]
-    squares = [0.0] * len(wanted)
-    for seed in range(SAMPLES):
-        with RoundingErrors(dtype, seed):
-            found = [t.detach() for t in run()]
-        squares = [s + _mean_square(f - w) for s, f, w in zip(squares, found, wanted, strict=True)]
-    return wanted, [math.sqrt(s / SAMPLES) for s in squares]
-
-
 def _mean_square(t: Tensor) -> float:
-    return float(t.double().square().mean()) if t.numel() else 0.0
+    return float(t.detach().double().square().mean()) if t.numel() else 0.0
 
 
 def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> list[float]:
@@ -151,7 +134,7 @@ def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: 
 
     Args:
         got: results of a computation in dtype.
-        run: computes the same in float64, see :func:`rounding_spread`.
+        run: computes the same in float64, gradients included.
         dtype: the lowest precision in which results are kept on the way.
     """
     wanted = [t.detach() for t in run()]
@@ -159,13 +142,18 @@ def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: 
     shares = [relative_rms(g, w) / exact for g, w in zip(got, wanted, strict=True)]
     if max(shares, default=0.0) <= 1 or not all(map(math.isfinite, shares)):
         return shares
-    wanted, spreads = rounding_spread(run, dtype)
-    found = []
-    for g, w, spread in zip(got, wanted, spreads, strict=True):
-        error = math.sqrt(_mean_square(g.detach().double().to(w.device) - w))
-        allowed = max(SPREADS * spread, exact * math.sqrt(_mean_square(w)))
-        found.append(error / allowed if error else 0.0)
-    return found
+    errors = [_mean_square(g.detach().double().to(w.device) - w) for g, w in zip(got, wanted, strict=True)]
+    floors = [exact**2 * _mean_square(w) for w in wanted]
+    spreads = [0.0] * len(wanted)  # sums of squares
+    for seed in range(SAMPLES):
+        with RoundingErrors(dtype, seed):
+            found = [t.detach() for t in run()]
+        spreads = [s + _mean_square(f - w) for s, f, w in zip(spreads, found, wanted, strict=True)]
+        allowed = [max(SPREADS**2 * s / (seed + 1), floor) for s, floor in zip(spreads, floors, strict=True)]
+        shares = [math.sqrt(e / a) if e else 0.0 for e, a in zip(errors, allowed, strict=True)]
+        if max(shares) <= CLEAR:
+            break
+    return shares
 
 
 def assert_rounded(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> None:

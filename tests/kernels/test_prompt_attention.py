@@ -13,9 +13,8 @@ from upt_fast.reference import ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 runs upcast in the interpreter
-DTYPES = pytest.mark.parametrize(
-    "dtype", (torch.float32, torch.float16, torch.bfloat16), ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 NAN = float("nan")
 NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
 
