@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, default=9.0, help="after which a part starts no measurement (9)")
     found.add_argument("--fresh", action="store_true", help="measure the chosen parts again from the beginning")
     found.add_argument("--dry", action="store_true", help="every part on the CPU at tiny sizes")
+    found.add_argument("--seed", type=int, default=0, help="of the random weights, prompts and inputs (0)")
     found.add_argument("--exercise", nargs="+", metavar="KERNEL", help=argparse.SUPPRESS)
     found.add_argument("--worker", nargs="+", choices=PARTS, help=argparse.SUPPRESS)
     found.add_argument("--died", default="", help=argparse.SUPPRESS)
@@ -59,7 +60,7 @@ def supervise(args: argparse.Namespace, parts: Sequence[str]) -> int:
     for _ in range(STARTS):
         minutes = max(end - time.monotonic(), 0.0) / 60 / len(parts)
         command = [sys.executable, __file__, str(args.out), "--worker", *parts, "--minutes", str(minutes)]
-        command += ["--dry"] * args.dry + ["--died", died] * bool(died)
+        command += ["--seed", str(args.seed)] + ["--dry"] * args.dry + ["--died", died] * bool(died)
         code, _ = processes.run(command, end + GRACE - time.monotonic(), worker_environment(args.dry))
         if code in (0, 1, 2):
             return code
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.worker:
         from gpu import worker
 
-        return worker.run(args.out, args.worker, args.dry, args.minutes, args.died)
+        return worker.run(args.out, args.worker, args.dry, args.minutes, args.died, args.seed)
     parts = [part for part in PARTS if args.only is None or part in args.only]
     if args.fresh:
         for part in parts:

@@ -13,10 +13,11 @@ from gpu.models import FAST, Clips, gradients, step
 from gpu.record import Task
 from torch import Tensor
 
-from upt_fast.closeness import relative_rms
+from upt_fast.closeness import excesses, relative_rms
 
 ALLOWED = 1.5  # times the error of the plain reference in the same precision
-ALLOWED_DRY = 3.0  # a dry run has too few numbers for the sharp bound
+# which rounds what; tf32 keeps as many digits of a factor as float16
+ROUNDED_TO = {"fp32": torch.float32, "tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
 # below this an error counts as none: the plain one may happen to be small
 FLOORS = {"fp32": 1e-6, "tf32": 1e-5, "fp16": 1e-4, "bf16": 1e-3}
 LOSS_SCALE = 4096.0  # without it small gradients would vanish in float16; it changes nothing for the others
@@ -26,7 +27,8 @@ class Closeness:
     """The float64 results and the reference's errors, each computed once.
 
     Errors of one draw of images and prompts are dominated by a few directions, the ratio of two such errors by chance:
-    squares are summed over several draws.
+    squares are summed over several draws. Where one is above what is allowed all the same, it fails unless rounding
+    explains it (upt_fast/closeness.py): the plain one may happen to be small.
 
     Args:
         clips: where models come from.
@@ -43,7 +45,7 @@ class Closeness:
         prompts = model.prompt_learner.uni_ctx
         labels = torch.arange(self.batch, device=prompts.device) % self.classes
         for draw in range(self.draws):
-            generator = torch.Generator().manual_seed(draw)
+            generator = torch.Generator().manual_seed(1000 * self.clips.machine.seed + draw)
             with torch.no_grad():
                 prompts.copy_(0.02 * torch.randn(prompts.shape, generator=generator))
             images = self.clips.images(self.geometry, self.batch, dtype, seed=draw)
@@ -55,9 +57,18 @@ class Closeness:
         set_precision("fp32")
         return list(self.run("reference", torch.float64))
 
-    def errors(self, provider: str, precision: str) -> dict[str, float]:
+    def explained(self, found: list[tuple[Tensor, Tensor]], precision: str) -> float:
+        """Errors of logits and gradients of all draws as shares of what rounding explains; the largest."""
+
+        def exact() -> list[Tensor]:
+            return [torch.cat(parts) for parts in zip(*self.run("reference", torch.float64), strict=True)]
+
+        set_precision("fp32")
+        parts = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        return max(excesses(parts, exact, ROUNDED_TO[precision]))
+
+    def errors(self, found: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         wanted = self.exact()
-        found = list(self.run(provider, set_precision(precision)))
         errors = {}
         for i, name in enumerate(("logits", "gradients")):
             draws = [relative_rms(f[i], w[i]) for f, w in zip(found, wanted, strict=True)]
@@ -67,17 +78,21 @@ class Closeness:
     @functools.cache  # noqa: B019
     def own(self, precision: str) -> dict[str, float]:
         """The plain reference's errors."""
-        return self.errors("reference", precision)
+        return self.errors(list(self.run("reference", set_precision(precision))))
 
     def check(self, provider: str, precision: str) -> dict[str, Any]:
         own = self.own(precision)
-        found = own if provider == "reference" else self.errors(provider, precision)
+        self.exact()  # which sets another precision
+        results = list(self.run(provider, set_precision(precision)))
+        found = own if provider == "reference" else self.errors(results)
         ratios = {name: found[name] / max(own[name], FLOORS[precision]) for name in found}
-        allowed = ALLOWED_DRY if self.clips.machine.dry else ALLOWED
-        row: dict[str, Any] = {"errors": found, "reference_errors": own, "ratios": ratios, "allowed": allowed}
-        row["error"] = max(found.values())
-        if not max(ratios.values()) <= allowed:
-            row |= {"status": "failed", "message": f"{max(ratios.values()):.2f} times the reference's own error"}
+        row: dict[str, Any] = {"errors": found, "reference_errors": own, "ratios": ratios, "allowed": ALLOWED}
+        row["error"], worst = max(found.values()), max(ratios.values())
+        if not worst <= ALLOWED:
+            row["explained"] = share = self.explained(results, precision)
+            if not share <= 1:
+                message = f"{worst:.2f} times the reference's own error, {share:.2f} times what rounding explains"
+                row |= {"status": "failed", "message": message}
         return row
 
 

@@ -37,9 +37,15 @@ def set_precision(precision: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU, or in a dry run the CPU at tiny sizes."""
+    """A GPU, or in a dry run the CPU at tiny sizes.
+
+    Attributes:
+        dry: a dry run.
+        seed: of all random numbers.
+    """
 
     dry: bool
+    seed: int = 0
 
     @property
     def device(self) -> str:
@@ -165,6 +171,7 @@ class Machine:
         """What measurements depend on, and a short name that differs where it does."""
         found: dict[str, Any] = {
             "dry": self.dry,
+            "seed": self.seed,
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
             "cuda": torch.version.cuda,

@@ -108,10 +108,10 @@ class PlainCLIP(nn.Module):
         self.logit_bias = None
 
 
-def random_plain_clip(**geometry: int) -> PlainCLIP:
+def random_plain_clip(seed: int = 0, **geometry: int) -> PlainCLIP:
     """A PlainCLIP whose LayerNorms and biases are random too."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         clip = PlainCLIP(**geometry)
         with torch.no_grad():
             for name, parameter in clip.named_parameters():
@@ -161,7 +161,7 @@ class Clips:
 
     @functools.cache  # noqa: B019 (lives as long as the process)
     def _host(self, geometry: str) -> nn.Module:
-        return (random_clip if self.open_clip else random_plain_clip)(**GEOMETRIES[geometry])
+        return (random_clip if self.open_clip else random_plain_clip)(**GEOMETRIES[geometry], seed=self.machine.seed)
 
     def get(self, geometry: str, dtype: torch.dtype) -> nn.Module:
         """A copy on the device."""
@@ -190,7 +190,7 @@ class Clips:
             require(backend, self.machine, dtype)
             options["backend"] = backend
         clip, names = self.get(geometry, dtype), self.names(classes)
-        torch.manual_seed(0)  # the prompts and their transform are the same for all
+        torch.manual_seed(self.machine.seed)  # the prompts and their transform are the same for all
         if kind == "fast":
             return FastUPT(clip, **names, **options).train()
         build = PreparedReference if kind == "reference" else PreparedTruncated
@@ -202,7 +202,7 @@ class Clips:
 
     def images(self, geometry: str, batch: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
         size = GEOMETRIES[geometry]["image_size"]
-        generator = torch.Generator(self.machine.device).manual_seed(seed)
+        generator = torch.Generator(self.machine.device).manual_seed(1000 * self.machine.seed + seed)
         images = torch.randn(batch, 3, size, size, generator=generator, device=self.machine.device)
         return images.to(dtype)
 

@@ -14,7 +14,7 @@ from gpu.models import NAME_LENGTHS
 from torch import Tensor
 
 from upt_fast import ops
-from upt_fast.closeness import relative_rms
+from upt_fast.closeness import excesses, relative_rms
 from upt_fast.config import UPTConfig
 from upt_fast.layout import BufferPlaces, PackedLayout
 from upt_fast.prompts import LearnerSetting
@@ -33,15 +33,17 @@ class Numbers:
         dtype: to which they are rounded.
         compute: dtype in which they come; None: dtype.
         leaves: those that need gradients, in order.
+        seed: of the numbers.
     """
 
     device: str
     dtype: torch.dtype
     compute: torch.dtype | None = None
     leaves: list[Tensor] = field(default_factory=list)
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
 
     def __call__(self, *shape: int, grad: bool = True) -> Tensor:
         x = torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
@@ -84,8 +86,10 @@ class Case:
 class Bound:
     """A case's op on inputs of one device and dtype, ready to run again and again."""
 
-    def __init__(self, case: Case, device: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> None:
-        numbers = Numbers(device, dtype, compute)
+    def __init__(
+        self, case: Case, device: str, dtype: torch.dtype, compute: torch.dtype | None = None, seed: int = 0
+    ) -> None:
+        numbers = Numbers(device, dtype, compute, seed=seed)
         self.case, self.numbers = case, numbers
         self.call, self.leaves = case.make(numbers), numbers.leaves
         self.weights: list[Tensor] = []  # of the outputs, in the loss whose gradients are taken
@@ -109,22 +113,28 @@ class Bound:
 def errors(bound: Bound, forward: Callable[[], tuple[Tensor, ...]]) -> dict[str, Any]:
     """Relative RMS against float64, of outputs and gradients in turn, beside that of PyTorch's own operations.
 
+    An error is allowed that is at most 1.5 times PyTorch's and half a unit in the last place; or, where few numbers or
+    sums that cancel make PyTorch's own a matter of luck, that rounding explains (upt_fast/closeness.py).
+
     Args:
         bound: the op on its inputs, which has not run yet.
         forward: runs it.
     Returns:
-        error: the largest ratio to what is allowed, 1.5 times PyTorch's error and half a unit in the last place;
-        errors and torch_errors; status: "failed" where error is above 1.
+        error: the largest ratio to what is allowed; errors and torch_errors; status: "failed" where error is above 1.
     """
     set_precision("fp32")
     case, numbers = bound.case, bound.numbers
-    exact = Bound(case, numbers.device, numbers.dtype, torch.float64)
-    plain = Bound(case, numbers.device, numbers.dtype)
-    wanted = exact.run(partial(exact.forward, "torch"))
+    exact = Bound(case, numbers.device, numbers.dtype, torch.float64, numbers.seed)
+    plain = Bound(case, numbers.device, numbers.dtype, seed=numbers.seed)
+    wanted, results = exact.run(partial(exact.forward, "torch")), bound.run(forward)
     own = [relative_rms(a, b) for a, b in zip(plain.run(partial(plain.forward, "torch")), wanted, strict=True)]
-    got = [relative_rms(a, b) for a, b in zip(bound.run(forward), wanted, strict=True)]
+    got = [relative_rms(a, b) for a, b in zip(results, wanted, strict=True)]
     allowed = torch.finfo(numbers.dtype).eps / 2
-    worst = max(g / (1.5 * o + allowed) for g, o in zip(got, own, strict=True))
+    ratios = [g / (1.5 * o + allowed) for g, o in zip(got, own, strict=True)]
+    if max(ratios) > 1:
+        explained = excesses(results, partial(exact.run, partial(exact.forward, "torch")), numbers.dtype)
+        ratios = [min(pair) for pair in zip(ratios, explained, strict=True)]
+    worst = max(ratios)
     status = {} if worst <= 1 else {"status": "failed", "message": f"{worst:.2f} times the error that is allowed"}
     return {"error": worst, "errors": got, "torch_errors": own} | status
 
@@ -222,7 +232,7 @@ def _prompt_transform(
     config = UPTConfig(preset=preset, attention_heads=heads, dropout=0.0)
     depth = layers if preset == "paper" else 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(numbers.seed)
         learner = UnifiedPromptLearner(config, LearnerSetting(depth, width, depth, vision_width))
     learner = learner.to(numbers.device, numbers.dtype).to(numbers.compute or numbers.dtype)
     with torch.no_grad():

@@ -18,7 +18,7 @@ def measure(machine: Machine, case: Case, dtype: torch.dtype, provider: str) -> 
     """Errors, then milliseconds of forward and backward with a cold cache and from call to call."""
     backend = "torch" if provider == "compiled" else provider
     require(backend, machine, dtype)
-    bound = Bound(case, machine.device, dtype)
+    bound = Bound(case, machine.device, dtype, seed=machine.seed)
     forward = partial(bound.forward, backend)
     if provider == "compiled":
         torch._dynamo.reset()

@@ -99,7 +99,7 @@ def exercise(kernel: str, machine: Machine) -> dict[str, Any]:
             except Skipped:
                 continue
             ops.add(case.op)
-            bound = Bound(case, machine.device, dtype)
+            bound = Bound(case, machine.device, dtype, seed=machine.seed)
             found[name] = errors(bound, partial(bound.forward, "triton"))
     if not found:
         return {"status": "failed", "message": f"no case in bench/gpu/op_cases.py exercises kernels/{kernel}.py"}

@@ -32,7 +32,7 @@ TASKS = {
 RESTART = 75  # exit code: the CUDA context is lost, a new process can go on
 
 
-def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str) -> int:
+def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str, seed: int = 0) -> int:
     """Measure.
 
     Args:
@@ -41,11 +41,12 @@ def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str
         dry: on the CPU, at tiny sizes.
         minutes: for each part.
         died: how the process before this one ended, where it did not end well.
+        seed: of all random numbers.
     Returns:
         exit code: 0, 1 where a check failed, 2 without a GPU, RESTART.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a measurement started ends too
-    machine = Machine(dry)
+    machine = Machine(dry, seed)
     if no_device(machine):
         return 2
     folder.mkdir(parents=True, exist_ok=True)
