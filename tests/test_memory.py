@@ -1,9 +1,12 @@
 """The formula of a step's peak memory against the tensors that were alive."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from upt_fast.testing import bench_classnames, build, random_clip
 
@@ -11,16 +14,41 @@ CLIP = dict(embed_dim=64, image_size=112, patch_size=16, vision_width=256, text_
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+class Storages(TorchDispatchMode):
+    """Bytes of the tensors that operations return, now and at most; not what a library's operation takes for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:  # else a view
+                self.count(t.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
 def alive(run):
-    """Peak bytes of the CPU tensors that a function makes, of the profiler's record of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    """Peak bytes of the CPU tensors that a function makes, beside those that were there."""
+    with Storages() as found:
         run()
-    events = [(e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(events):
-        now += change
-        most = max(most, now)
-    return most
+    return found.most
 
 
 def make(method, memory, classes, dtype="fp32", layers=5, device="cpu", **options):
