@@ -160,6 +160,22 @@ def test_sums_are_in_float32():
     assert ((fp8.linear(x, weight).double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_cpu_computes_what_gpus_do(bias):
+    """Scales within the product and behind it: but for the rounding to bfloat16 the same."""
+    rows, scale = quantize_rows(torch.randn(50, 256))
+    weight = Fp8Weight.quantize(torch.randn(64, 256))
+    factors = rows, weight.forward, scale, weight.forward_scale, torch.randn(64).bfloat16() if bias else None
+    try:
+        wanted = fp8._multiply_by_rows(*factors)
+    except RuntimeError as error:
+        pytest.skip(f"torch {torch.__version__} on this processor: {fp8._in_words(error)}")
+    got = fp8._multiply_by_one_scale(*factors)
+    assert got.dtype == wanted.dtype == torch.bfloat16
+    # a unit in the last place, and what float32 loses where terms of size 16 cancel
+    assert ((got.double() - wanted.double()).abs() <= 2**-7 * wanted.double().abs() + 1e-4).all()
+
+
 def test_strided_and_empty_rows():
     w = Fp8Weight.quantize(torch.randn(16, 32))
     x = torch.randn(3, 5, 32).transpose(0, 1).bfloat16()
@@ -173,7 +189,8 @@ def test_strided_and_empty_rows():
 def test_nothing_of_the_rows_is_kept():
     x = torch.randn(100, 32, requires_grad=True)
     weight = Fp8Weight.quantize(torch.randn(16, 32))
-    kept = fp8.linear(x, weight).grad_fn.saved_tensors
+    y = fp8.linear(x, weight)  # lives on: torch 2.10 lets go of what was kept with it
+    kept = y.grad_fn.saved_tensors
     assert [t.data_ptr() for t in kept] == [weight.backward.data_ptr(), weight.backward_scale.data_ptr()]
 
 
@@ -385,10 +402,19 @@ def refuse(*args, **kwargs):
     raise RuntimeError("not built with it\nat line 5")
 
 
+def fail(*args, **kwargs):
+    where = '(scale.numel() == 1) INTERNAL ASSERT FAILED at "/src/Blas.cpp":249, please report a bug to PyTorch.'
+    raise RuntimeError(f"{where} Takes one scale alone.\nat line 5")
+
+
 @pytest.mark.parametrize(
     ("product", "reason"),
-    [(refuse, "not built with it"), (lambda a, b, **_: torch.zeros(len(a), b.shape[1]), "its products are wrong")],
-    ids=["raises", "wrong"],
+    [
+        (refuse, "not built with it"),
+        (fail, "Takes one scale alone."),
+        (lambda a, b, **_: torch.zeros(len(a), b.shape[1]), "its products are wrong"),
+    ],
+    ids=["raises", "asserts", "wrong"],
 )
 def test_the_trial_product_decides(fresh, monkeypatch, capsys, product, reason):
     monkeypatch.setattr(torch, "_scaled_mm", product)

@@ -4,9 +4,9 @@
 
 X8 and DY8 are rows of activations and gradients, quantised when they come; W8 and V8 are two copies of the frozen
 weight W (N, K), one scaled by its rows, one by its columns, so that scales stand outside of both sums and both products
-are torch._scaled_mm with a scale for each row of either factor. Sums are in float32, results in bfloat16. A scale is
-its row's largest magnitude over 448, the largest number of e4m3, so nothing saturates; a row with inf or NaN becomes
-NaN.
+are torch._scaled_mm with a scale for each row of either factor; on a CPU it has none, and they follow. Sums are in
+float32, results in bfloat16. A scale is its row's largest magnitude over 448, the largest number of e4m3, so nothing
+saturates; a row with inf or NaN becomes NaN.
 
 e4m3 has three bits behind the leading one: rounding is off by at most 2^-4 of a number, and by a uniformly distributed
 error of standard deviation 2^-3 / sqrt(12) of the power of two below it: 2.4 to 2.7 % of the numbers' root mean square,
@@ -86,7 +86,23 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     if len(x) == 0:
         return x.new_empty(0, len(weight), dtype=ROWS)
     rows, row_scale = quantize_rows(x)
+    multiply = _multiply_by_one_scale if x.device.type == "cpu" else _multiply_by_rows
+    return multiply(rows, weight, row_scale, scale, bias)
+
+
+def _multiply_by_rows(rows: Tensor, weight: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return torch._scaled_mm(rows, weight.t(), scale_a=row_scale, scale_b=scale, bias=bias, out_dtype=ROWS)
+
+
+def _multiply_by_one_scale(
+    rows: Tensor, weight: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same, scaled afterwards: on a CPU torch 2.10 and 2.11, and oneDNN, take one scale for a whole matrix only."""
+    one = rows.new_ones((), dtype=torch.float32)
+    y = torch._scaled_mm(rows, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    # the weight's first: the other, of rows near the end of the range, would overflow
+    y.mul_(scale).mul_(row_scale)
+    return (y if bias is None else y.add_(bias)).to(ROWS)
 
 
 class Linear(torch.autograd.Function):
@@ -123,8 +139,14 @@ def _try(device: torch.device) -> str:
     try:
         y = linear(ones, Fp8Weight.quantize(ones), ones[0].to(ROWS))
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        return f"torch {torch.__version__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"torch {torch.__version__}: {_in_words(error)}"
     return "" if bool((y == MULTIPLE + 1).all()) else f"torch {torch.__version__}: its products are wrong"
+
+
+def _in_words(error: Exception) -> str:
+    """An error's first line; of an internal assertion of PyTorch's what it says behind condition, file and line."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.rpartition("please report a bug to PyTorch.")[2].strip() or line
 
 
 def require(device: torch.device) -> None:
