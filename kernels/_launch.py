@@ -15,8 +15,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # read once, as triton does: its own helpers are decorated when it is imported
@@ -43,16 +45,51 @@ SMALLEST_LIMIT = 64 * 1024  # bytes of shared memory that a block may use on any
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Run kernel[grid](**arguments), or note it inside :func:`record`; an empty grid runs nothing."""
+    """Run kernel[grid](**arguments), or note it inside :func:`record`; an empty grid runs nothing.
+
+    Raises:
+        ValueError: it is interpreted, and the interpreter does not run here.
+    """
     recorded = _recorded.get()
     if recorded is not None:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
         recorded.append(Launch(kernel, arguments, options))
     elif all(grid):
+        if reason := interpreter_refusal():
+            raise ValueError(reason)
         tensor = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
         # triton launches on the current device, whatever device the tensors are on
         with torch.cuda.device_of(tensor) if tensor is not None and tensor.is_cuda else contextlib.nullcontext():
             kernel[grid](**arguments)
+
+
+def interpreter_refusal() -> str:
+    """Why Triton's interpreter would not run the kernels; empty: it would, or they are compiled."""
+    return _try_interpreter() if INTERPRETED else ""
+
+
+@functools.cache
+def _try_interpreter() -> str:
+    """What keeps a loop from running: the interpreter computes with NumPy, each scalar as an array of one number.
+
+    Triton 3.6 makes a loop's bounds of it by int(array), which NumPy 2.4 has for arrays without dimensions only.
+    """
+    found = torch.zeros(3, dtype=torch.int32)
+    try:
+        _count[(1,)](found, len(found))
+    except Exception as error:  # wrapped in the interpreter's own
+        problem = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        return (
+            f"triton {triton.__version__}'s interpreter does not run with NumPy {np.__version__} ({problem[0]}): "
+            "install 'numpy<2.4', or triton 3.7 or newer"
+        )
+    return ""
+
+
+@triton.jit
+def _count(x_ptr, n):  # (n,)
+    for i in range(n):
+        tl.store(x_ptr + i, i)
 
 
 @contextlib.contextmanager

@@ -142,6 +142,10 @@ def refusals(backend: str, device: str, dtype: torch.dtype | None = None, dropou
         return reasons
     # the import is slow: not where the answer is clear
     missing = _missing(backend, not reasons)
+    if backend == "triton" and not (missing or reasons):
+        from upt_fast.kernels import _launch
+
+        missing = _launch.interpreter_refusal()
     return [missing, *reasons] if missing else reasons
 
 

@@ -1,10 +1,12 @@
 """How kernels are launched and recorded, and how rows are divided among programs."""
 
+import numpy as np
 import pytest
 import torch
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from upt_fast.kernels import (
     _launch,
     contrastive_loss,
@@ -16,6 +18,8 @@ from upt_fast.kernels import (
     prompt_transform,
 )
 from upt_fast.kernels._launch import Launch, launch, record, row_tile, rows_of
+
+from upt_fast import dispatch
 
 META = torch.empty(6, 40, device="meta")
 
@@ -71,6 +75,50 @@ def test_record_ends_where_a_workload_fails():
         _ = 1 / 0
     launch(kernel, (1,), M=1)
     assert len(kernel.calls) == 1
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """An interpreter that stops at the first loop, as triton 3.6's with NumPy 2.4."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            def fail(*_):
+                raise RuntimeError("TypeError('no scalar')") from TypeError("no scalar\nat line 5")
+
+            return fail
+
+    monkeypatch.setattr(_launch, "INTERPRETED", True)
+    monkeypatch.setattr(_launch, "_count", Broken())
+    _launch._try_interpreter.cache_clear()
+    yield rf"triton {triton.__version__}'s interpreter .* NumPy {np.__version__} \(no scalar\): install 'numpy<2\.4'"
+    _launch._try_interpreter.cache_clear()
+
+
+def test_an_interpreter_that_does_not_run(broken, monkeypatch):
+    """Named and launched, kernels say what to install; recorded, or compiled, they do not care."""
+    kernel = Kernel()
+    with pytest.raises(ValueError, match=broken):
+        launch(kernel, (1,), M=1)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=rf"backend='triton' cannot run here: triton: {broken}"):
+        dispatch.resolve("triton")
+    launch(kernel, (0,), M=1)
+    with record() as launches:
+        launch(kernel, (1,), M=1)
+    assert len(launches) == 1
+    assert kernel.calls == []
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    launch(kernel, (1,), M=1)
+    assert len(kernel.calls) == 1
+    assert dispatch.refusals("triton", "cuda") == []
+
+
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="compiled here")
+def test_which_interpreters_run():
+    """What pyproject.toml says beside the extra "interpreter"."""
+    old, new = Version(triton.__version__) < Version("3.7"), Version(np.__version__) >= Version("2.4")
+    assert bool(_launch.interpreter_refusal()) == (old and new)
 
 
 MODULES = (contrastive_loss, gelu, layer_norm, packed_attention, prompt_attention, prompt_insert, prompt_transform)
