@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upt_fast.config import MaPLeConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
@@ -34,7 +34,8 @@ class MaPLe(PromptLearner):
         self.compound_prompt_projections = nn.ModuleList(copy.deepcopy(one) for _ in range(deep))
 
     def forward(self) -> Prompts:
-        text = [self.ctx, *self.compound_prompts_text]
+        # .parameters(): torch 2.10 cannot compile the unpacking of the list itself
+        text: list[Tensor] = [self.ctx, *self.compound_prompts_text.parameters()]
         maps = [self.proj, *self.compound_prompt_projections]
         visual = [linear(prompts) for linear, prompts in zip(maps, text, strict=True)]
         return Prompts(torch.stack(text)[None], torch.stack(visual)[None])
