@@ -11,12 +11,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from upt_fast.kernels import report
 
 ROOT = Path(__file__).parents[2]
+# tiles were chosen so that no kernel spills with triton 3.8; with the compilers before it some do (docs/kernels.md)
+SPILLS = Version(triton.__version__) < Version("3.8")
 
 
 def run(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,10 +36,12 @@ def run(*arguments: object, path: Path | None = None) -> subprocess.CompletedPro
 def test_all_kernels(tmp_path):
     """The ahead-of-time check of the whole package, in one run because compiling takes a while."""
     done = run("--json", tmp_path / "report.json", "--markdown", tmp_path / "report.md")
-    assert done.returncode == 0, done.stdout[done.stdout.find("\nfailed:") :] + done.stderr
     found = json.loads((tmp_path / "report.json").read_text())
     rows, failures = found["rows"], found["failures"]
-    assert failures == []
+    if SPILLS:
+        failures = [failure for failure in failures if not re.search(r": spills \d+ bytes$", failure)]
+    assert failures == [], done.stderr
+    assert done.returncode == bool(found["failures"]), done.stderr
     assert found["triton"] == triton.__version__
     assert found["torch"] == torch.__version__
     assert found["targets"].keys() == report.TARGETS.keys()
@@ -61,8 +66,9 @@ def test_all_kernels(tmp_path):
         own = [row for row in rows if row["target"] == target]
         assert {(row["file"], row["kernel"], row["workload"]) for row in own} == workloads
         for row in own:
-            assert row["problems"] == []
-            assert row["spill_bytes"] == 0
+            spills = [f"spills {row['spill_bytes']} bytes"] if row["spill_bytes"] else []
+            assert row["problems"] == spills
+            assert SPILLS or spills == []
             assert 0 <= row["shared_bytes"] <= row["shared_limit"] == limits["shared_limit"]
             assert 0 < row["resident_warps"] <= row["max_warps"]
             assert row["resident_warps"] % row["num_warps"] == 0
