@@ -2,17 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# what is installed: the versions, and the extra of pyproject.toml
+CONSTRAINTS := constraints.txt
+EXTRA := dev
+OLDEST := .venv-oldest
 # what follows "make demo ARGS=..." goes to the command
 ARGS ?=
 # processes that run tests side by side
 JOBS ?= 2
 
-.PHONY: help setup demo test bench bench-full check kernel-report clean
+.PHONY: help setup demo test test-oldest bench bench-full check kernel-report clean
 
 help:
 	@echo "make setup          virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo           adapt a small CLIP to handwritten digits in a new domain, in under five minutes"
 	@echo "make test           the test suite"
+	@echo "make test-oldest    the test suite with the oldest versions that pyproject.toml allows, in $(OLDEST)"
 	@echo "make bench          benchmarks, default selection (about ten minutes)"
 	@echo "make bench-full     all benchmarks"
 	@echo "make check          ruff and mypy"
@@ -20,9 +25,9 @@ help:
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRA)]'
 	@touch $@
 
 demo: setup
@@ -30,6 +35,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# releases of that time know Python 3.10 to 3.12: PYTHON=python3.11 names one where python3 is newer
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt EXTRA=test
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
@@ -46,4 +55,4 @@ kernel-report: setup
 	$(BIN)/python -m upt_fast.kernels.report $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
