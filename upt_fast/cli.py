@@ -330,6 +330,12 @@ def _import_parser() -> ArgumentParser:
     parser.add_argument("--clip", type=str, required=True, help="the CLIP it was trained on: open_clip's name")
     parser.add_argument("--pretrained", type=str | None, default=None, help="open_clip's tag, or a checkpoint file")
     parser.add_argument(
+        "--quick-gelu",
+        type=bool | None,
+        default=None,
+        help="whether the CLIP has QuickGELU (true) or GELU (false); none: as the tag, the file or else the name says",
+    )
+    parser.add_argument(
         "--classnames", type=str, required=True, help="file of the class names in their order: one a line, or JSON"
     )
     parser.add_argument("--out", type=str, required=True, help="folder of the model")
@@ -349,6 +355,9 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument("--epoch", type=int | None, default=None, help="their --load-epoch; none: the run's, else 1")
     parser.add_argument("--clip", type=str | None, default=None, help="another name for the CLIP; none: as saved")
     parser.add_argument("--pretrained", type=str | None, default=None, help="with --clip: open_clip's tag, or a file")
+    parser.add_argument(
+        "--quick-gelu", type=bool | None, default=None, help="with --clip: its activation, true or false"
+    )
     return parser
 
 
@@ -450,6 +459,7 @@ def _import_checkpoint(options: Namespace) -> int:
         options.out,
         clip=options.clip,
         pretrained=options.pretrained,
+        quick_gelu=options.quick_gelu,
         method=options.method,
         options=options.options,
     )
@@ -459,7 +469,14 @@ def _import_checkpoint(options: Namespace) -> int:
 def _export_checkpoint(options: Namespace) -> int:
     from upt_fast.released.commands import run_export
 
-    run_export(options.checkpoint, options.out, epoch=options.epoch, clip=options.clip, pretrained=options.pretrained)
+    run_export(
+        options.checkpoint,
+        options.out,
+        epoch=options.epoch,
+        clip=options.clip,
+        pretrained=options.pretrained,
+        quick_gelu=options.quick_gelu,
+    )
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from upt_fast import dispatch, fp8, ops
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
-from upt_fast.clip.open_clip import frozen_clip
+from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template, tokenize_words
+from upt_fast.clip.weights import ACTIVATION_TITLES
 from upt_fast.config import MethodConfig, UPTConfig, require_choice, require_int
 from upt_fast.graphs import GraphedStep
 from upt_fast.memory import peak
@@ -28,6 +30,8 @@ from upt_fast.towers.blocks import MEMORY_LEVELS
 from upt_fast.towers.packing import PackedClasses
 from upt_fast.towers.text import TextTower
 from upt_fast.towers.vision import VisionTower
+
+logger = logging.getLogger("upt_fast")
 
 LEARNER_FILE = "prompt_learner.safetensors"
 FORMAT_VERSION = 1
@@ -122,6 +126,7 @@ class FastPromptedCLIP(nn.Module):
             self.register_load_state_dict_pre_hook(_from_released_names)
         self.clip_name: str | None = None
         self.clip_pretrained: str | None = None
+        self.clip_quick_gelu = has_quick_gelu(clip)  # for checkpoints: a name alone does not say it
         self.preprocess_cfg: dict[str, Any] | None = getattr(
             getattr(clip_model, "visual", None), "preprocess_cfg", None
         )
@@ -419,22 +424,24 @@ class FastPromptedCLIP(nn.Module):
         precision: str = "fp32",
         device: str = "cpu",
         cache_dir: str | None = None,
+        quick_gelu: bool | None = None,
         **options: Any,
     ) -> Self:
         """Build on a CLIP that open_clip knows by name, or the small one in this package.
 
         Args:
             name: "ViT-B-16", "hf-hub:org/repo", "local-dir:folder" or "tiny-digits".
-            pretrained: open_clip's tag ("openai") or a checkpoint's path.
+            pretrained: open_clip's tag ("openai") or a file's path: OpenAI's TorchScript archive or a state dict.
             classnames: C class names.
             precision: "fp32", "fp16" or "bf16" weights of the frozen CLIP; "fp8": fp32 weights, and dtype="fp8".
             device: where the model goes.
             cache_dir: folder for downloads.
+            quick_gelu: whether the CLIP has QuickGELU, or GELU; None: as the tag, the file or else the name says.
             options: see the class.
         Raises:
             ValueError: unknown model or tag, weights that cannot be had, bad option or class name.
         """
-        clip, options = _load(name, pretrained, precision, device, cache_dir, options)
+        clip, options = _load(name, pretrained, precision, device, cache_dir, quick_gelu, options)
         return cls.from_loaded(clip, classnames, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -453,6 +460,7 @@ class FastPromptedCLIP(nn.Module):
             "classnames": self.classnames,
             "clip_name": self.clip_name,
             "clip_pretrained": self.clip_pretrained,
+            "clip_quick_gelu": self.clip_quick_gelu,
             "preprocess_cfg": self.preprocess_cfg,
         }
         save_safetensors(folder / LEARNER_FILE, self.state_dict(), {"upt_fast": json.dumps(description)})
@@ -503,10 +511,12 @@ class FastPromptedCLIP(nn.Module):
             if description["clip_name"] is None:
                 raise ValueError(f"{path} does not say which CLIP it was trained on: pass clip_model and tokenizer")
             name, pretrained = description["clip_name"], description["clip_pretrained"]
-            clip, options = _load(name, pretrained, precision, device, cache_dir, options)
+            quick_gelu = description.get("clip_quick_gelu")  # older files do not say: the name decides, as it did
+            clip, options = _load(name, pretrained, precision, device, cache_dir, quick_gelu, options)
             model = cls.from_loaded(clip, names, **options)
         else:
             model = cls(clip_model, names, tokenizer=tokenizer, **options).to(device)
+            _check_activation(path, description.get("clip_quick_gelu"), model.clip_quick_gelu)
             model.clip_name, model.clip_pretrained = description["clip_name"], description["clip_pretrained"]
             model.preprocess_cfg = description["preprocess_cfg"]
         try:
@@ -527,12 +537,25 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _load(
-    name: str, pretrained: str | None, precision: str, device: str, cache_dir: str | None, options: dict[str, Any]
+    name: str,
+    pretrained: str | None,
+    precision: str,
+    device: str,
+    cache_dir: str | None,
+    quick_gelu: bool | None,
+    options: dict[str, Any],
 ) -> tuple[LoadedCLIP, dict[str, Any]]:
     """A CLIP by name, and the options of a model on it: for fp8 it is loaded in fp32, from which towers quantise."""
     if precision == "fp8":
         precision, options = "fp32", {"dtype": "fp8"} | options
-    return load_clip(name, pretrained, precision, device, cache_dir), options
+    return load_clip(name, pretrained, precision, device, cache_dir, quick_gelu), options
+
+
+def _check_activation(path: Path, recorded: bool | None, used: bool | None) -> None:
+    """Warn where prompts meet a CLIP with another activation than the one they were trained on."""
+    if None not in (recorded, used) and recorded != used:
+        titles = ACTIVATION_TITLES[bool(recorded)], ACTIVATION_TITLES[bool(used)]
+        logger.warning("%s was trained on a CLIP with %s; the one given has %s: expect lower accuracy", path, *titles)
 
 
 def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:

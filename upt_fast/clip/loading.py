@@ -1,10 +1,14 @@
-"""Load a CLIP by name through open_clip (tags, files, Hugging Face), or the small one in the package."""
+"""Load a CLIP by name through open_clip (tags, files, Hugging Face), or the small one in the package.
+
+Which activation it gets is decided here and said in the log: QuickGELU and GELU have the same weights.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from upt_fast.clip.open_clip import refuse
+from upt_fast.clip.open_clip import has_quick_gelu, refuse
 from upt_fast.clip.tokens import Tokenizer
+from upt_fast.clip.weights import ACTIVATION_TITLES, WeightsFile, load_weights, read_weights
+
+logger = logging.getLogger("upt_fast")
 
 TINY_CLIP_NAME = "tiny-digits"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -37,64 +44,118 @@ def load_clip(
     precision: str = "fp32",
     device: str = "cpu",
     cache_dir: str | None = None,
+    quick_gelu: bool | None = None,
 ) -> LoadedCLIP:
     """Load a CLIP with its weights.
 
     Args:
         name: open_clip's model name ("ViT-B-16"), "hf-hub:org/repo", "local-dir:folder", or "tiny-digits", a 32-pixel
             CLIP of handwritten digits that comes with this package.
-        pretrained: open_clip's tag ("openai", "laion2b_s34b_b88k") or the path of a checkpoint file; None for names
-            that bring their weights.
+        pretrained: open_clip's tag ("openai", "laion2b_s34b_b88k") or the path of a file: a TorchScript archive as
+            OpenAI published them, of which the tensors alone are read, or a state dict (upt_fast/clip/weights.py); None
+            for names that bring their weights.
         precision: "fp32", "fp16" or "bf16" weights.
         device: where the weights go.
         cache_dir: folder for downloads; None: the hub's default.
+        quick_gelu: whether the MLPs have QuickGELU, or GELU; None: as the tag, the file or else the name says. A
+            warning is logged where a file does not say and the name has a twin with the other activation.
     Raises:
-        ValueError: unknown model, tag or precision; weights that cannot be read or downloaded.
+        ValueError: unknown model, tag or precision; weights that cannot be read or downloaded, or that do not fit.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}; wanted one of {', '.join(PRECISIONS)}")
+    if quick_gelu not in (None, True, False):
+        raise ValueError(f"quick_gelu={quick_gelu!r}; wanted True, False or None")
     if name == TINY_CLIP_NAME:
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}; {TINY_CLIP_NAME} brings its own weights: leave it out")
         from upt_fast.demo.tiny_clip import load_tiny_clip
 
         model, tokenizer, preprocess_cfg = load_tiny_clip(precision=precision, device=device)
+        if quick_gelu not in (None, has_quick_gelu(model)):
+            raise ValueError(f"quick_gelu={quick_gelu}; {TINY_CLIP_NAME} brings its own activation: leave it out")
         return LoadedCLIP(model, tokenizer, preprocess_cfg, name, None)
 
     import open_clip
 
     _check_names(name, pretrained, open_clip)
     try:
-        # the tag knows its activation; open_clip only warns where the architecture's default is another
-        tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else None
         with _quiet_retries():
-            model = open_clip.create_model(
-                name,
-                pretrained=pretrained,
-                precision=precision,
-                device=device,
-                force_quick_gelu=bool((tag or {}).get("quick_gelu")),
-                cache_dir=cache_dir,
-                require_pretrained=True,
-            )
+            model, why = _create(name, pretrained, precision, device, cache_dir, quick_gelu, open_clip)
             tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
         preprocess_cfg = dict(open_clip.get_model_preprocess_cfg(model))
     except Exception as error:  # hub clients, torch and open_clip raise many kinds; the user needs the one reason
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"could not load {name!r} with pretrained={pretrained!r}: {reason}") from error
+    _tell_activation(name, pretrained, model, why, open_clip)
     return LoadedCLIP(model.eval(), tokenizer, preprocess_cfg, name, pretrained)
+
+
+def _create(
+    name: str,
+    pretrained: str | None,
+    precision: str,
+    device: str,
+    cache_dir: str | None,
+    quick_gelu: bool | None,
+    open_clip: Any,
+) -> tuple[nn.Module, str]:
+    """The model with its weights, and what its activation goes by; empty: by the architecture's name alone."""
+    why = "" if quick_gelu is None else f"quick_gelu={quick_gelu} was given"
+    tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else None
+    weights: WeightsFile | None = None
+    if pretrained and not tag and Path(pretrained).suffix not in (".npz", ".npy"):
+        weights = read_weights(Path(pretrained))
+        if quick_gelu is None:
+            quick_gelu, why = weights.quick_gelu, weights.why
+    elif quick_gelu is None:
+        # the tag knows its activation; open_clip only warns where the architecture's default is another
+        quick_gelu = True if (tag or {}).get("quick_gelu") else None
+        why = f"open_clip's tag {pretrained!r} says" if tag else "its configuration says" if not pretrained else ""
+    # given as keywords of open_clip's models, the activation is told for certain, and nothing else changes
+    activation = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "QuickGELU mismatch")  # of the tag: what is used, and why, is logged
+        if weights is None:
+            arguments = {"pretrained": pretrained, "cache_dir": cache_dir, "require_pretrained": True}
+            return open_clip.create_model(name, precision=precision, device=device, **arguments, **activation), why
+        with _quiet(logging.root):  # about random weights
+            model = open_clip.create_model(name, load_weights=False, precision=precision, device="cpu", **activation)
+    load_weights(model, weights, Path(str(pretrained)), name)
+    return model.to(device), why
+
+
+def _tell_activation(name: str, pretrained: str | None, model: nn.Module, why: str, open_clip: Any) -> None:
+    used = ACTIVATION_TITLES[bool(has_quick_gelu(model))]
+    twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name.replace('/', '-')}-quickgelu"
+    if why or name.endswith("-quickgelu") or twin not in open_clip.list_models():
+        logger.info("%s has %s: %s", name, used, why or "the architecture's name says so")
+        return
+    logger.warning(
+        "%s does not say with which activation it was trained; %s is used, as the name %s means. "
+        "If it comes from OpenAI's weights, pass --quick-gelu true (quick_gelu=True), else --quick-gelu false",
+        pretrained,
+        used,
+        name,
+    )
 
 
 @contextlib.contextmanager
 def _quiet_retries() -> Iterator[None]:
     """Without the hub client's line for each attempt: one message says what failed in the end."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _quiet(logging.getLogger("huggingface_hub")):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet(noisy: logging.Logger) -> Iterator[None]:
+    """Without a logger's warnings."""
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        noisy.setLevel(level)
 
 
 def _check_names(name: str, pretrained: str | None, open_clip: Any) -> None:

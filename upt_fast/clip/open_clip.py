@@ -94,6 +94,17 @@ def _activation(module: Any, where: str) -> str:
     refuse(f"activation at {where}", f"{type(module).__name__} (QuickGELU, GELU and tanh GELU are supported)")
 
 
+def has_quick_gelu(model: Any) -> bool | None:
+    """Whether the MLPs of an open_clip model, or of its description, have QuickGELU; None: the towers differ.
+
+    Args:
+        model: what :func:`frozen_clip` takes or returns.
+    """
+    clip = model if isinstance(model, FrozenCLIP) else frozen_clip(model)
+    quick = {tower.activation == "quick_gelu" for tower in (clip.text, clip.vision)}
+    return quick.pop() if len(quick) == 1 else None
+
+
 def _layer_scale(module: Any, where: str) -> Tensor | None:
     if isinstance(module, nn.Identity):
         return None

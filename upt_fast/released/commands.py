@@ -24,6 +24,7 @@ def run_import(
     *,
     clip: str,
     pretrained: str | None = None,
+    quick_gelu: bool | None = None,
     method: str | None = None,
     options: Sequence[str] = (),
 ) -> Imported:
@@ -35,6 +36,7 @@ def run_import(
         out: folder for the model.
         clip: open_clip's name of the CLIP, or "tiny-digits".
         pretrained: its tag, or a file.
+        quick_gelu: its activation; None: as the tag, the file or else the name says.
         method: one of RELEASES; None: found from the file.
         options: "KEY=VALUE", values as in JSON, anything else a text.
     Raises:
@@ -47,7 +49,7 @@ def run_import(
         raise ValueError(f"out={out!r} holds a model already; wanted a new folder")
     names, given = clean_classnames(read_classnames(Path(classnames))), parse_options(options)
     checkpoint = read_file(Path(file))  # before a CLIP is loaded, so that a bad file is told at once
-    found = fit(Path(file), checkpoint, load_clip(clip, pretrained), names, method, given)
+    found = fit(Path(file), checkpoint, load_clip(clip, pretrained, quick_gelu=quick_gelu), names, method, given)
     written = found.model.save_pretrained(folder)
     print("\n".join([*found.describe(), f"written to {written}"]))
     return found
@@ -60,6 +62,7 @@ def run_export(
     epoch: int | None = None,
     clip: str | None = None,
     pretrained: str | None = None,
+    quick_gelu: bool | None = None,
 ) -> Path:
     """``upt-fast export-checkpoint``: write a run's or saved model's checkpoint for a released trainer.
 
@@ -69,11 +72,16 @@ def run_export(
         epoch: its --load-epoch; None: the run's, or 1.
         clip: open_clip's name of the CLIP; None: the one in the checkpoint.
         pretrained: with clip: its tag, or a file.
+        quick_gelu: with clip: its activation; None: as the tag, the file or else the name says.
     Raises:
         ValueError: as :func:`export_checkpoint`; no checkpoint there; the file exists.
     """
     if pretrained is not None and clip is None:
         raise ValueError(f"pretrained={pretrained!r} without a CLIP's name; wanted --clip too")
+    if quick_gelu is not None and clip is None:
+        raise ValueError(
+            f"quick_gelu={quick_gelu} without a CLIP's name; wanted --clip too, or the one in the checkpoint"
+        )
     folder = checkpoint_folder(checkpoint)
     if epoch is None:
         state = folder / STATE_FILE if folder.is_dir() else folder.parent / STATE_FILE
@@ -81,7 +89,7 @@ def run_export(
     if clip is None:
         model = FastPromptedCLIP.load(folder)
     else:
-        loaded = load_clip(clip, pretrained)
+        loaded = load_clip(clip, pretrained, quick_gelu=quick_gelu)
         model = FastPromptedCLIP.load(folder, loaded.model, tokenizer=loaded.tokenizer)
     refuse(model)
     path = checkpoint_path(out, model.method, epoch)

@@ -58,6 +58,9 @@ class TrainConfig:
     pretrained: str | None = _option(
         "open_clip's tag (openai) or a checkpoint file; none for names that bring weights", None
     )
+    quick_gelu: bool | None = _option(
+        "whether the CLIP has QuickGELU (true) or GELU (false); none: as the tag, the file or else the name says", None
+    )
     method: str = _option(
         "what is learned: a name that upt-fast methods lists, or FILE.py:CLASS of your own; --method NAME --help shows "
         "the options of that method",
@@ -111,6 +114,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value!r}; wanted a non-empty string")
         if self.pretrained is not None and not self.pretrained:
             raise ValueError("pretrained=''; wanted a tag, a checkpoint file or none")
+        if self.quick_gelu not in (None, True, False):
+            raise ValueError(f"quick_gelu={self.quick_gelu!r}; wanted true, false or none")
         if self.shots != "all" and (isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1):
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):

@@ -163,6 +163,7 @@ def _build_model(config: TrainConfig, classnames: Sequence[str], out: Path, devi
             config=config.method_config(),
             precision=config.precision,
             device=str(device),
+            quick_gelu=config.quick_gelu,
             memory=config.memory,
             backend=config.backend,
             text_batch=config.text_batch,
