@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def bench_classnames(count: int) -> list[str]:
 class _Truncated(ReferencePromptedCLIP):
     """The reference with its texts cut after the longest class's pooled row: what a careful user would do."""
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(self, classnames: Iterable[str]) -> None:
         super().set_classnames(classnames)
         if isinstance(self, ReferenceZeroShot):
             self.template_tokens = tuple(map(_cut, self.template_tokens))

@@ -6,11 +6,14 @@ in the place of the X (CoOp, CoCoOp, MaPLe) or templates around the name (zero-s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from upt_fast.clip.frozen import TextContext
 
@@ -37,18 +40,45 @@ def clip_tokenizer() -> Tokenizer:
     return SimpleTokenizer()
 
 
-def clean_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
+def list_classnames(classnames: Iterable[str]) -> list[str]:
+    """Class names as a list, from anything that gives strings in an order: class i is the i-th of them.
+
+    Args:
+        classnames: a list, tuple, NumPy array, pandas column, dict view, generator, ...
+    Raises:
+        ValueError: not strings in an order: one string, a mapping, a set, a table, something that is not iterable.
+    """
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"classnames is {type(classnames).__name__}{why}; wanted a list of strings, one per class")
+
+    given: Any = classnames
+    if isinstance(given, (str, bytes)):
+        raise refuse(f" {given!r:.60}, one text")
+    if isinstance(given, Mapping):
+        raise refuse(": which class has which index is not told by a mapping (pass .keys() or .values() in that order)")
+    if isinstance(given, Set) and not isinstance(given, KeysView):
+        raise refuse(", which has no order")
+    if getattr(given, "ndim", 1) != 1:
+        raise refuse(f" of shape {tuple(given.shape)}")
+    try:
+        return [str(name) if isinstance(name, str) else name for name in given]
+    except TypeError as error:
+        raise refuse(", which gives no strings") from error
+
+
+def clean_classnames(classnames: Iterable[str]) -> tuple[str, ...]:
     """Check class names and replace underscores by spaces, as CoOp and UPT do.
 
     Raises:
-        ValueError: not a sequence of strings, no name at all, or a name with nothing in it.
+        ValueError: as :func:`list_classnames`; no name at all, something else than a string, or a name with nothing
+            in it.
     """
-    if isinstance(classnames, str) or not isinstance(classnames, Sequence):
-        raise ValueError(f"classnames is {type(classnames).__name__}; wanted a list of strings, one per class")
-    if len(classnames) == 0:
+    names = list_classnames(classnames)
+    if not names:
         raise ValueError("classnames is empty; wanted at least one class name")
     cleaned = []
-    for i, name in enumerate(classnames):
+    for i, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"class name {i} is {name!r} ({type(name).__name__}); wanted a string")
         text = name.replace("_", " ").strip()
@@ -58,8 +88,16 @@ def clean_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
     return tuple(cleaned)
 
 
+@contextlib.contextmanager
+def real_numbers() -> Iterator[None]:
+    """Numbers on the CPU, whatever mode a model is built in: token ids decide on shapes, fake ones tell nothing."""
+    with _disable_current_modes(), torch.device("cpu"):
+        yield
+
+
+@real_numbers()
 def tokenize_classnames(
-    classnames: Sequence[str],
+    classnames: Iterable[str],
     n_text: int,
     context: TextContext,
     tokenizer: Tokenizer | None = None,
@@ -77,6 +115,7 @@ def tokenize_classnames(
         ValueError: a name is empty or does not fit the context, with the name; the prefix has fewer than n_text
             tokens; the tokenizer's ids do not fit the tower's vocabulary.
     """
+    classnames = list_classnames(classnames)
     names = clean_classnames(classnames)
     tokenizer = clip_tokenizer() if tokenizer is None else tokenizer
     if prefix is not None:
@@ -90,8 +129,9 @@ def tokenize_classnames(
     return _tokenize(texts, names, classnames, context, tokenizer, f"with {n_text} prompt tokens")
 
 
+@real_numbers()
 def tokenize_template(
-    classnames: Sequence[str], template: str, context: TextContext, tokenizer: Tokenizer | None = None
+    classnames: Iterable[str], template: str, context: TextContext, tokenizer: Tokenizer | None = None
 ) -> ClassTokens:
     """Token ids of a template with the names in it.
 
@@ -103,12 +143,14 @@ def tokenize_template(
     Raises:
         ValueError: as :func:`tokenize_classnames`.
     """
+    classnames = list_classnames(classnames)
     names = clean_classnames(classnames)
     tokenizer = clip_tokenizer() if tokenizer is None else tokenizer
     texts = [template.replace("{}", name) for name in names]
     return _tokenize(texts, names, classnames, context, tokenizer, f"in the template {template!r}")
 
 
+@real_numbers()
 def tokenize_words(words: str, count: int, context: TextContext, tokenizer: Tokenizer | None = None) -> Tensor:
     """(count,) ids of the first tokens of some words, without the start token.
 

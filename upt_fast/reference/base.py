@@ -6,7 +6,7 @@ A method is a subclass: which prompts it learns, and where they go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip
-from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_words
+from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_words
 from upt_fast.config import MethodConfig, require_choice
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class ReferencePromptedCLIP(nn.Module):
     def __init__(
         self,
         clip_model: nn.Module,
-        classnames: Sequence[str],
+        classnames: Iterable[str],
         *,
         method: str | None = None,
         tokenizer: Tokenizer | None = None,
@@ -88,6 +88,7 @@ class ReferencePromptedCLIP(nn.Module):
             raise ValueError(
                 f"config is {type(config).__name__}; method {self.method!r} wants {self.config_class.__name__}"
             )
+        classnames = list_classnames(classnames)
         frozen = frozen_clip(clip_model)
         # out of state_dict() and parameters(): only the learner is trained and saved
         object.__setattr__(self, "clip_model", clip_model.eval().requires_grad_(False))
@@ -127,8 +128,9 @@ class ReferencePromptedCLIP(nn.Module):
     def text_model(self) -> Any:
         return getattr(self.clip_model, "text", self.clip_model)
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(self, classnames: Iterable[str]) -> None:
         """Replace the classes; raises ValueError on an empty name or one that does not fit the context."""
+        classnames = list_classnames(classnames)
         self.tokens = tokenize_classnames(classnames, self.n_text, self.text_context, self.tokenizer, self.prefix)
         self.classnames = clean_classnames(classnames)
 

@@ -7,13 +7,13 @@ front   [SOS][name][V_1 ... V_n][. EOT]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.clip.tokens import clean_classnames
+from upt_fast.clip.tokens import clean_classnames, list_classnames
 from upt_fast.config import CoOpConfig
 from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
 
@@ -46,8 +46,9 @@ class ReferenceCoOp(ReferencePromptedCLIP):
             ctx = self.initial_context(frozen)
         self.prompt_learner = CoOpLearner(ctx)
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(self, classnames: Iterable[str]) -> None:
         """Replace the classes; class-specific contexts want as many names as before, in the same order."""
+        classnames = list_classnames(classnames)
         count = len(clean_classnames(classnames))
         if self.config.per_class and count != len(self.prompt_learner.ctx):
             raise ValueError(

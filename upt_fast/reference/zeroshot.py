@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.clip.tokens import ClassTokens, clean_classnames, tokenize_template
+from upt_fast.clip.tokens import ClassTokens, clean_classnames, list_classnames, tokenize_template
 from upt_fast.config import ZeroShotConfig
 from upt_fast.reference.base import ReferencePromptedCLIP
 
@@ -28,8 +28,9 @@ class ReferenceZeroShot(ReferencePromptedCLIP):
     def build(self, frozen: FrozenCLIP, classnames: tuple[str, ...]) -> None:
         pass
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(self, classnames: Iterable[str]) -> None:
         """Replace the classes; raises ValueError on an empty name or one that does not fit the context."""
+        classnames = list_classnames(classnames)
         self.template_tokens = tuple(
             tokenize_template(classnames, template, self.text_context, self.tokenizer)
             for template in self.config.template_texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Imported:
 def import_checkpoint(
     path: str | os.PathLike[str],
     clip: LoadedCLIP,
-    classnames: Sequence[str],
+    classnames: Iterable[str],
     method: str | None = None,
     **options: Any,
 ) -> FastPromptedCLIP:
@@ -93,7 +93,7 @@ def import_checkpoint(
 def read_released(
     path: str | os.PathLike[str],
     clip: LoadedCLIP,
-    classnames: Sequence[str],
+    classnames: Iterable[str],
     method: str | None = None,
     **options: Any,
 ) -> Imported:
