@@ -20,11 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from upt_fast import cpu_ops
 from upt_fast.cpu_ops import FrozenWeight
-from upt_fast.functions import product, sum_by_set
+from upt_fast.functions import fast_backward, product, sum_by_set
 from upt_fast.workspace import Workspace, pieces
 
 
@@ -280,6 +279,7 @@ class NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, parts):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         rows = _rows(x)
         outs = [rows.new_empty(*x.shape[:-1], len(weight.plain) // parts) for _ in range(parts)]
         mean, rstd = _moments(Workspace(1), "", 0, rows)
@@ -290,10 +290,11 @@ class NormLinear(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, *douts):  # type: ignore[no-untyped-def]
         rows, mean, rstd = ctx.saved_tensors
-        d = torch.cat([_rows(dout) for dout in douts], dim=1)
+        width = len(ctx.weight.plain) // len(douts)
+        d = torch.cat([rows.new_zeros(len(rows), width) if d is None else _rows(d) for d in douts], dim=1)
         dx = torch.empty_like(rows)
         torch.ops.upt_fast_cpu.linear_norm_backward(d, *ctx.weight.backward, rows, mean, rstd, None, dx)
         return dx.view(ctx.shape), None, None, None, None
@@ -304,12 +305,13 @@ class LinearResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         ctx.weight, ctx.shape = weight, y.shape
         rows = _rows(x)
         return residual_product(_rows(y), weight, bias, rows, torch.empty_like(rows)).view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         dy = None
         if ctx.needs_input_grad[1]:
@@ -325,6 +327,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, layout):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         tensors = [t.contiguous() for t in (q, k, v, prefix_k, prefix_v)]
         ctx.save_for_backward(*tensors)
         ctx.rest = *layout.bounds, q.shape[0] != k.shape[0]
@@ -333,7 +336,7 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         tensors = ctx.saved_tensors
         grads = [
@@ -349,6 +352,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weights, recompute, given, layer):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         space, rows = given or Workspace(1), _rows(x)
         needed = ctx.needs_input_grad[0]
         keep = needed and not recompute
@@ -361,7 +365,7 @@ class MLP(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         rows, mean, rstd, u = ctx.saved_tensors
         dx = _mlp_backward(_rows(dy), rows, mean, rstd, u, ctx.weights, ctx.space or Workspace(1))
@@ -373,6 +377,7 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, prefix_k, prefix_v, set_index, weights, memory, given, layer):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         space, rows = given or Workspace(1), _rows(x)
         needed = any(ctx.needs_input_grad[:3])
         keep = needed and memory != "lean"
@@ -393,7 +398,7 @@ class Block(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         weights, space = ctx.weights, ctx.space or Workspace(1)
         if ctx.memory == "lean":

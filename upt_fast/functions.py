@@ -5,17 +5,25 @@ Called by ops.py, which says what each computes; here is how.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from upt_fast import cpu_choices
 from upt_fast.workspace import pieces
 
 PRODUCT_PIECE_BYTES = 6 << 20
+_thread = threading.local()
+_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
 def takes_onednn(x: Tensor) -> bool:
@@ -27,7 +35,116 @@ def takes_onednn(x: Tensor) -> bool:
 
 def op_by_op(x: Tensor) -> bool:
     """Whether ops must be PyTorch's own: autocast chooses the dtype of each, torch.compile fuses them itself."""
-    return torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or autocasts(x.device.type) or composes(x)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; "meta" has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def composes(*tensors: Tensor) -> bool:
+    """Whether ops must be such that PyTorch can transform them: its own, none in place, nothing kept between calls.
+
+    So under torch.func's transforms, in forward-mode differentiation, in fake tensors, in make_fx and on the meta
+    device, where no number can be looked at, and where :func:`composable` asks for it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        getattr(_thread, "composable", False)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+        or not has_data(*tensors)
+    )
+
+
+def has_data(*tensors: Tensor) -> bool:
+    """Whether tensors have numbers: those on the meta device and fake ones have shapes alone."""
+    return not any(t.device.type == "meta" or isinstance(t, FakeTensor) for t in tensors)
+
+
+@contextlib.contextmanager
+def composable() -> Iterator[None]:
+    """Let :func:`composes` say yes in this thread."""
+    before = getattr(_thread, "composable", False)
+    _thread.composable = True
+    try:
+        yield
+    finally:
+        _thread.composable = before
+
+
+def twice_differentiable(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """function(*inputs), computed as fast as it goes, with derivatives of any order.
+
+    The engine's own backward passes have no derivative. Where one is asked for (``create_graph=True``), or where a
+    transform runs backward, the function is computed once more from its inputs, op by op, and differentiated by
+    autograd; otherwise the gradient goes the fast way, and all this costs is to hold on to the inputs.
+
+    Args:
+        function: of the inputs; gives one tensor, the same fast and op by op.
+        inputs: all that may need a gradient; what the function closes over gets none.
+    """
+    out = function(*inputs)
+    if not out.requires_grad or torch.compiler.is_compiling() or composes(out):
+        return out
+    return _Twice.apply(function, out, *inputs)
+
+
+class _Twice(torch.autograd.Function):
+    """See :func:`twice_differentiable`: the identity of a result whose gradient it sends one way or the other."""
+
+    @staticmethod
+    def forward(ctx, function, out, *inputs):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+        device = out.device.type
+        ctx.function, ctx.autocast = function, (device, torch.get_autocast_dtype(device), autocasts(device))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        again = torch.is_grad_enabled()
+        batched = torch._C._functorch.is_legacy_batchedtensor(dout)  # autograd.grad(..., is_grads_batched=True)
+        if not (again or batched or composes(dout)):
+            return None, dout, *[None] * (len(ctx.needs_input_grad) - 2)
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        with torch.enable_grad(), composable(), torch.autocast(*ctx.autocast):
+            out = ctx.function(*inputs)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=again, allow_unused=True))
+        return None, None, *(next(found) if need else None for need in needs)
+
+
+def fast_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass of the engine's own, which has no derivative; idle where :func:`twice_differentiable` goes round.
+
+    Its forward pass says ``ctx.set_materialize_grads(False)``.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return once(ctx, *grads) if any(g is not None for g in grads) else (None,) * len(ctx.needs_input_grad)
+
+    return run
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of (..., L, K), queries already scaled, such that PyTorch can transform it.
+
+    PyTorch's fused attention has no second derivative. Probabilities are in float32 for half precision, as there.
+
+    Args:
+        mask: (Q, L) of what is not to be seen, or None.
+    """
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    if scores.dtype.itemsize < 4:
+        scores = scores.float()
+    if mask is not None:
+        scores = scores.masked_fill(mask, float("-inf"))
+    return torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
 
 
 def product(
@@ -63,6 +180,8 @@ def product(
 
 def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See upt_fast.ops.linear_residual."""
+    if composes(x, y):
+        return x + F.linear(y, weight, bias)
     if takes_onednn(y):
         return Linear.apply(y, weight, bias, x)
     if x.dtype.itemsize < 4:  # in half precision a second rounding of the large sum would cost accuracy
@@ -76,6 +195,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
         ctx.shape = x.shape
         shape = (*x.shape[:-1], len(weight)) if residual is None else residual.shape
@@ -83,7 +203,7 @@ class Linear(torch.autograd.Function):
         return product(x.reshape(-1, x.shape[-1]), weight, bias, residual).view(shape)
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         (weight,) = ctx.saved_tensors
         dx = None
@@ -104,6 +224,7 @@ class PrependRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prefix, x, set_index):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         ctx.shape, ctx.set_index = prefix.shape, set_index
         length = prefix.shape[1]
         buffer = x.new_empty(x.shape[0], length + x.shape[1], *x.shape[2:])
@@ -112,13 +233,42 @@ class PrependRows(torch.autograd.Function):
         return buffer
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         length = ctx.shape[1]
         prefix_grad = None
         if ctx.needs_input_grad[0]:
             prefix_grad = sum_by_set(grad[:, :length], ctx.set_index, ctx.shape[0])
         return prefix_grad, grad[:, length:] if ctx.needs_input_grad[1] else None, None
+
+
+def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None) -> Tensor:
+    """See upt_fast.ops.prepend_rows; nothing in place."""
+    prefix = prefix.expand(len(x), *prefix.shape[1:]) if set_index is None else prefix[set_index]
+    return torch.cat([prefix, x], dim=1)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    runs: tuple[tuple[int, int], ...],
+    last_only: bool,
+) -> Tensor:
+    """See :class:`PackedAttention`; nothing in place."""
+    prefix_k, prefix_v = (t.transpose(1, 2)[:, None] for t in (prefix_k, prefix_v))  # (S, 1, H, P, K)
+    length_p, outputs = prefix_k.shape[3], []
+    for count, queries, length, qs, ks in _runs(runs, last_only):
+        qb, kb, vb = (_per_class(t, i, count) for t, i in ((q, qs), (k, ks), (v, ks)))  # (S, c, H, l, K)
+        keys, values = (
+            torch.cat([p.expand(-1, count, -1, -1, -1), own], dim=3) for p, own in ((prefix_k, kb), (prefix_v, vb))
+        )
+        future = torch.ones(queries, length_p + length, dtype=torch.bool, device=q.device)
+        out = attention(qb, keys, values, future.triu(length_p + length - queries + 1))
+        outputs.append(out.transpose(2, 3).flatten(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _runs(runs: tuple[tuple[int, int], ...], last_only: bool) -> Iterator[tuple[int, int, int, slice, slice]]:
@@ -140,6 +290,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, runs, last_only):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
         length_p = prefix_k.shape[1]
         prefix_scores = torch.matmul(q.transpose(1, 2), prefix_k.permute(0, 2, 3, 1))  # (S, H, Nq, P)
         prefix_probs = torch.empty_like(prefix_scores)
@@ -162,7 +313,7 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @fast_backward
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         q, k, v, prefix_k, prefix_v, *probs = ctx.saved_tensors
         length_p = prefix_k.shape[1]

@@ -36,7 +36,7 @@ class PackedLayout:
         classes = [sum(count for count, _ in runs) for runs in self.sets]
         first_rows, first_classes = (list(itertools.accumulate(n, initial=0)) for n in (lengths, classes))
         with torch.inference_mode(False):  # kept for passes with and without autograd
-            return torch.tensor(first_rows), torch.tensor(first_classes)
+            return torch.tensor(first_rows, device="cpu"), torch.tensor(first_classes, device="cpu")
 
 
 class BufferPlaces(NamedTuple):
@@ -61,7 +61,7 @@ class BufferPlaces(NamedTuple):
                 own_rows += range(len(source), len(source) + length)
                 source += range(first_own, first_own + length)
             bounds.append(len(first_rows))
-        return cls(*(torch.tensor(t, dtype=torch.int64) for t in (source, own_rows, first_rows, bounds)))
+        return cls(*(torch.tensor(t, dtype=torch.int64, device="cpu") for t in (source, own_rows, first_rows, bounds)))
 
 
 TILE_ROWS = 32
@@ -96,7 +96,9 @@ class PackedTiles(NamedTuple):
                 else:
                     tiles.append(list(classes[-1]))
         longest = max((end - first for first, end, *_ in classes), default=0)
-        numbers, of_classes, first = (torch.tensor(t, dtype=torch.int32) for t in (tiles, classes, first_rows))
+        numbers, of_classes, first = (
+            torch.tensor(t, dtype=torch.int32, device="cpu") for t in (tiles, classes, first_rows)
+        )
         return cls(numbers.view(-1, 5), of_classes.view(-1, 5), first, longest, prefix, len(layout.sets))
 
     def to(self, device: torch.device | str) -> PackedTiles:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import dispatch, fp8, ops
+from upt_fast import dispatch, fp8, functions, ops
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu
-from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template, tokenize_words
+from upt_fast.clip.tokens import (
+    Tokenizer,
+    clean_classnames,
+    list_classnames,
+    real_numbers,
+    tokenize_classnames,
+    tokenize_template,
+    tokenize_words,
+)
 from upt_fast.clip.weights import ACTIVATION_TITLES
 from upt_fast.config import MethodConfig, UPTConfig, require_choice, require_int
 from upt_fast.graphs import GraphedStep
@@ -84,7 +92,7 @@ class FastPromptedCLIP(nn.Module):
     def __init__(
         self,
         clip_model: nn.Module,
-        classnames: Sequence[str],
+        classnames: Iterable[str],
         *,
         method: str | type[PromptLearner] = "upt",
         tokenizer: Tokenizer | None = None,
@@ -101,6 +109,7 @@ class FastPromptedCLIP(nn.Module):
             require_int("text_batch", text_batch, 1)
         found = find_method(method)
         self.method, self.config = found.name, make_config(found, config, options)
+        classnames = list_classnames(classnames)
         clip = frozen_clip(clip_model)
         dtype = clip.dtype if dtype is None else _dtype(dtype)
         self.quantized = dtype == fp8.DTYPE
@@ -120,7 +129,11 @@ class FastPromptedCLIP(nn.Module):
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
-        self.prompt_learner.to(clip.device, scalars)
+        if functions.has_data(*self.prompt_learner.parameters()):
+            self.prompt_learner.to(clip.device, scalars)
+        else:
+            meta = clip.device.type == "meta" or any(p.is_meta for p in self.prompt_learner.parameters())
+            _cast_without_data(self.prompt_learner, "meta" if meta else clip.device, scalars)
         if self.prompt_learner.state_prefix != "prompt_learner.":
             self.register_state_dict_post_hook(_to_released_names)
             self.register_load_state_dict_pre_hook(_from_released_names)
@@ -139,7 +152,7 @@ class FastPromptedCLIP(nn.Module):
     logit_bias: Tensor | None  # ()
     text_stream: torch.cuda.Stream | None = None  # upt_fast/graphs.py
 
-    def set_classnames(self, classnames: Sequence[str]) -> None:
+    def set_classnames(self, classnames: Iterable[str]) -> None:
         """Replace the classes; the prompts stay as they are.
 
         Args:
@@ -149,6 +162,7 @@ class FastPromptedCLIP(nn.Module):
                 classes. The classes stay as they were.
         """
         learner, tower = self.prompt_learner, self.text_tower
+        classnames = list_classnames(classnames)
         names = clean_classnames(classnames)
         learner.set_classnames(names)
         context = self.text_context, self.tokenizer
@@ -352,13 +366,17 @@ class FastPromptedCLIP(nn.Module):
     def _class_features(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
         if self.prompt_learner.templates is not None:
+            if self._fixed_features is None and functions.composes():  # what a transform sees is not to be kept
+                return self._encode_templates()
             if self._fixed_features is None:
                 self._fixed_features = self._encode_templates()
             return self._fixed_features
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(self.logit_scale.device.type):
+        parameters = list(self.prompt_learner.parameters())
+        if self.training or torch.is_grad_enabled() or functions.autocasts(self.logit_scale.device.type):
+            return self._encode_classes(prompts)
+        if functions.composes(self.logit_scale, *parameters):
             return self._encode_classes(prompts)
         # compared by value: a write through .data, which leaves no trace in version counters, is seen too
-        parameters = list(self.prompt_learner.parameters())
         if self._text_cache is not None:
             seen, features = self._text_cache
             if len(seen) == len(parameters) and all(map(_same, seen, parameters)):
@@ -371,7 +389,8 @@ class FastPromptedCLIP(nn.Module):
         """(C, e) features of the fixed texts; of several templates the mean of the normalised ones."""
         # kept from one call to the next: plain tensors in the CLIP's own precision wherever the first call is
         device = self.logit_scale.device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        precision = torch.autocast(device, enabled=False) if functions.autocasts(device) else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), precision:
             features = [self.text_tower(None, packed) for packed in self.packed]
             if len(features) == 1:
                 return features[0]
@@ -392,7 +411,7 @@ class FastPromptedCLIP(nn.Module):
         group = self._group(len(text))
         if len(text) <= group:
             return self._logits_of_group(text, image_features)
-        again = torch.is_grad_enabled() and text.requires_grad
+        again = torch.is_grad_enabled() and text.requires_grad and not functions.composes(text)
         return torch.cat(
             [
                 checkpoint(self._logits_of_group, *part, use_reentrant=False, preserve_rng_state=False)
@@ -407,7 +426,7 @@ class FastPromptedCLIP(nn.Module):
         return torch.matmul(classes, (self.logit_scale.exp() * image_features)[..., None])[..., 0]
 
     @classmethod
-    def from_loaded(cls: type[Self], clip: LoadedCLIP, classnames: Sequence[str], **options: Any) -> Self:
+    def from_loaded(cls: type[Self], clip: LoadedCLIP, classnames: Iterable[str], **options: Any) -> Self:
         """Like the constructor, from :func:`upt_fast.clip.load_clip`; remembers the name, so that checkpoints do."""
         model = cls(clip.model, classnames, tokenizer=clip.tokenizer, **options)
         model.clip_name, model.clip_pretrained = clip.name, clip.pretrained
@@ -420,7 +439,7 @@ class FastPromptedCLIP(nn.Module):
         name: str,
         pretrained: str | None = None,
         *,
-        classnames: Sequence[str],
+        classnames: Iterable[str],
         precision: str = "fp32",
         device: str = "cpu",
         cache_dir: str | None = None,
@@ -473,7 +492,7 @@ class FastPromptedCLIP(nn.Module):
         clip_model: nn.Module | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        classnames: Sequence[str] | None = None,
+        classnames: Iterable[str] | None = None,
         method: str | type[PromptLearner] | None = None,
         precision: str = "fp32",
         device: str = "cpu",
@@ -551,6 +570,14 @@ def _load(
     return load_clip(name, pretrained, precision, device, cache_dir, quick_gelu), options
 
 
+def _cast_without_data(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """nn.Module.to() for parameters that are on the meta device or fake, which it does not take."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = nn.Parameter(value.detach().to(device, dtype), value.requires_grad)
+
+
 def _check_activation(path: Path, recorded: bool | None, used: bool | None) -> None:
     """Warn where prompts meet a CLIP with another activation than the one they were trained on."""
     if None not in (recorded, used) and recorded != used:
@@ -560,8 +587,10 @@ def _check_activation(path: Path, recorded: bool | None, used: bool | None) -> N
 
 def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
     def embed_words(words: str, count: int) -> Tensor:
-        ids = tokenize_words(words, count, clip.text.context, tokenizer)
-        return clip.text.token_embedding[ids.to(clip.text.token_embedding.device)]
+        embedding = clip.text.token_embedding
+        with real_numbers():
+            ids = tokenize_words(words, count, clip.text.context, tokenizer).tolist()
+        return embedding[torch.tensor(ids, device=embedding.device)]
 
     return LearnerSetting(
         text_layers=len(clip.text.blocks),
@@ -620,7 +649,7 @@ class FastUPT(FastPromptedCLIP):
     def __init__(
         self,
         clip_model: nn.Module,
-        classnames: Sequence[str],
+        classnames: Iterable[str],
         *,
         method: str = "upt",
         tokenizer: Tokenizer | None = None,

@@ -233,7 +233,7 @@ def linear_gelu(
         from upt_fast.kernels import linear_gelu as kernel
 
         return kernel.linear_gelu_linear(h, *weights, kind, keep=not recompute)  # type: ignore[arg-type]
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not functions.composes(h):
         inputs = (h, *weights, kind, False, backend)
         return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
     if quantized:  # whose product adds the bias before it rounds
@@ -323,7 +323,7 @@ def block(
     exact = x.dtype.itemsize >= 4 or weights.qkv.forward is not None
     if x.device.type == "cpu" and x.numel() > 0 and exact and not functions.op_by_op(x):
         return frozen_block.Block.apply(x, prefix_k, prefix_v, set_index, weights, memory, workspace, layer)
-    if memory == "lean" and torch.is_grad_enabled():
+    if memory == "lean" and torch.is_grad_enabled() and not functions.composes(x):
         return checkpoint(
             _block, x, prefix_k, prefix_v, weights, set_index, False, use_reentrant=False, preserve_rng_state=False
         )
@@ -404,6 +404,8 @@ def prefix_attention(
         k = prepend_rows(prefix_k, k, set_index)
         v = prepend_rows(prefix_v, v, set_index)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if functions.composes(q, k, v):
+        return functions.attention(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
 
 
@@ -417,6 +419,8 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
     Returns:
         (B, P + L, ...)
     """
+    if functions.composes(prefix, x):
+        return functions.prepend_rows(prefix, x, set_index)
     return functions.PrependRows.apply(prefix, x, set_index)
 
 
@@ -456,9 +460,10 @@ def packed_attention(
     if any(t.dtype.itemsize < 4 for t in (q, k, v, prefix_k, prefix_v)):
         # rows are few: scores and probabilities stay in float32, as in fused attention
         q, k, v, prefix_k, prefix_v = (t.float() for t in (q, k, v, prefix_k, prefix_v))
-    if torch.is_autocast_enabled(q.device.type):
+    if functions.autocasts(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return packed_attention(q, k, v, prefix_k, prefix_v, layout).to(dtype)
+    attend = functions.packed_attention if functions.composes(q, k, v) else functions.PackedAttention.apply
     outputs, query, row, first = [], 0, 0, 0
     for runs, group in itertools.groupby(layout.sets):  # neighbouring sets with the same runs together
         sets = len(list(group))
@@ -467,7 +472,7 @@ def packed_attention(
         own_q = q[query : query + sets * queries].unflatten(0, (sets, queries))
         own_k, own_v = (t[row : row + sets * rows].unflatten(0, (sets, rows)) for t in (k, v))
         prefixes = prefix_k[first : first + sets], prefix_v[first : first + sets]
-        outputs.append(functions.PackedAttention.apply(own_q, own_k, own_v, *prefixes, runs, last_only).flatten(0, 1))
+        outputs.append(attend(own_q, own_k, own_v, *prefixes, runs, last_only).flatten(0, 1))
         query, row, first = query + sets * queries, row + sets * rows, first + sets
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
@@ -482,7 +487,7 @@ def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
 def _autocast(*tensors: Tensor | None) -> Iterator[Any]:
     """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: custom ops are not cast."""
     device = next(t.device.type for t in tensors if t is not None)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = torch.get_autocast_dtype(device) if functions.autocasts(device) else None
     return (t if t is None or dtype is None else t.to(dtype) for t in tensors)
 
 

@@ -5,13 +5,18 @@ Attention over image tokens has no order: the released code's visual prompts sta
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from upt_fast.config import MaPLeConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
+
+
+def _copy(linear: nn.Linear) -> nn.Linear:
+    """A linear of the same values; fake tensors cannot be deep-copied."""
+    copied = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    copied.weight, copied.bias = (nn.Parameter(p.detach().clone()) for p in (linear.weight, linear.bias))
+    return copied
 
 
 class MaPLe(PromptLearner):
@@ -31,7 +36,7 @@ class MaPLe(PromptLearner):
             nn.Parameter(torch.empty(n, d).normal_(std=0.02)) for _ in range(deep)
         )
         one = nn.Linear(d, setting.vision_width)  # all start from the same values
-        self.compound_prompt_projections = nn.ModuleList(copy.deepcopy(one) for _ in range(deep))
+        self.compound_prompt_projections = nn.ModuleList(_copy(one) for _ in range(deep))
 
     def forward(self) -> Prompts:
         # .parameters(): torch 2.10 cannot compile the unpacking of the list itself

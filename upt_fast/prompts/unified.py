@@ -67,8 +67,9 @@ class UnifiedPromptLearner(PromptLearner):
             heads = self.config.attention_heads
             qkv = F.linear(u, self.self_attn.in_proj_weight, self.self_attn.in_proj_bias)
             q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (D, heads, N, K)
-            dropout_p = self.config.dropout_p if self.training else 0.0
-            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).flatten(2)
+            # a handful of prompts: written out, so that it has second derivatives
+            scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+            attended = torch.matmul(self._dropout(torch.softmax(scores, dim=-1)), v).transpose(1, 2).flatten(2)
             x = self._dropout(self.self_attn.out_proj(attended)) + x
         x = self.norm2(x)
         return self._ffn(x) + x

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import cpu_choices, cpu_ops, dispatch, fp8, ops
+from upt_fast import cpu_choices, cpu_ops, dispatch, fp8, functions, ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
 from upt_fast.cpu_ops import FrozenWeight
 from upt_fast.fp8 import Fp8Weight
@@ -185,7 +185,7 @@ class FrozenBlocks(nn.Module):
         """Pack the weights for the CPU operations where those run."""
         self._packed: dict[tuple[str, int], FrozenWeight] = {}
         self._fill = False
-        if self.quantized:
+        if self.quantized or not functions.has_data(self.qkv_bias):
             return
         weight = self.qkv_weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
@@ -282,6 +282,19 @@ class FrozenBlocks(nn.Module):
         end = self.num_layers - 1 if end is None else min(end, self.num_layers - 1)
         return Workspace(end if keeps else 0, self._pool, label)
 
+    def check_composes(self) -> None:
+        """Raise a ValueError where the rows of a pass cannot be computed op by op, as composing asks for."""
+        if self.quantized:
+            raise ValueError(
+                "dtype='fp8' has no second derivatives and no torch.func transforms, its products being inexact; "
+                "wanted another dtype"
+            )
+        if self.streams:
+            raise ValueError(
+                f"backend={self.backend!r} has no second derivatives, no torch.func transforms and no shapes without "
+                "data; wanted 'auto' or 'torch'"
+            )
+
     def train(self, mode: bool = True) -> FrozenBlocks:
         if not mode:
             self._pool.clear()
@@ -289,7 +302,7 @@ class FrozenBlocks(nn.Module):
 
     def run(self, layer, *args):  # type: ignore[no-untyped-def]
         """Call layer(*args), recomputed in backward where ``memory="lean"`` asks for it."""
-        if self.memory == "lean" and torch.is_grad_enabled():
+        if self.memory == "lean" and torch.is_grad_enabled() and not functions.composes(self.qkv_bias):
             return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
         return layer(*args)
 

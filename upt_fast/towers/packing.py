@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from upt_fast.clip.tokens import ClassTokens
+from upt_fast import functions
+from upt_fast.clip.tokens import ClassTokens, real_numbers
 from upt_fast.layout import BufferPlaces, PackedLayout, PackedTiles
 
 
@@ -54,6 +55,8 @@ class PackedClasses(nn.Module):
         order = sorted(range(len(lengths)), key=lambda c: (sets[c], lengths[c]))
 
         runs: list[list[list[int]]] = [[] for _ in range(max(sets) + 1)]
+        with real_numbers():
+            ids: list[list[int]] = tokens.ids.tolist()
         rows, inner_rows = [], []
         num_rows = 0
         for c in order:
@@ -61,7 +64,7 @@ class PackedClasses(nn.Module):
             if not run or run[-1][1] != lengths[c]:
                 run.append([0, lengths[c]])
             run[-1][0] += 1
-            text = token_embedding[tokens.ids[c, 1 + n_text :].to(token_embedding.device)].to(dtype)
+            text = token_embedding[torch.tensor(ids[c][1 + n_text :], device=token_embedding.device)].to(dtype)
             name = tokens.name_lengths[c] if num_inner > inner_before else 0
             hole = text.new_zeros(num_inner, text.shape[1])
             row = torch.cat([hole[:inner_before], text[:name], hole[inner_before:], text[name:]])[: lengths[c]]
@@ -79,7 +82,7 @@ class PackedClasses(nn.Module):
         self._constant("inner_rows", torch.tensor(inner_rows, device=device, dtype=torch.int64))
         self._constant("inner_sets", torch.tensor(order if per_class else [sets[c] for c in order], device=device))
         self._constant("inverse", torch.tensor(order, device=device).argsort())
-        self._constant("sos", (token_embedding[tokens.ids[0, 0]].to(dtype) + positional_embedding[0].to(dtype))[None])
+        self._constant("sos", (token_embedding[ids[0][0]].to(dtype) + positional_embedding[0].to(dtype))[None])
         self._constant("prompt_positions", positional_embedding[1 : 1 + self.num_shared].to(dtype))
         for field, places in BufferPlaces.of(self.layout, 1 + self.num_shared)._asdict().items():
             self._constant(f"places_{field}", places.to(device))
@@ -126,7 +129,8 @@ class PackedClasses(nn.Module):
         assert not self.per_class
         if sets == 1:
             return self
-        if torch.compiler.is_compiling():  # its graph keeps them
+        # a compiled graph keeps them; what a transform sees is not to be kept
+        if torch.compiler.is_compiling() or functions.composes(self.rows):
             return self._repeat(sets, with_places)
         if sets not in self._repeated:
             if len(self._repeated) > 1:

@@ -7,11 +7,13 @@ only; layer 0's q, k and v of the class rows are constants.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import ops
+from upt_fast import functions, ops
 from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.tokens import ClassTokens
 from upt_fast.layout import PackedLayout
@@ -104,7 +106,12 @@ class TextTower(nn.Module):
         Returns:
             (C, e), not normalised, in the order the classes were given.
         """
+        return functions.twice_differentiable(functools.partial(self._features, packed=packed), prompts)
+
+    def _features(self, prompts: Tensor | None, packed: Packed) -> Tensor:
         blocks, last = self.blocks, self.blocks.num_layers - 1
+        if functions.composes(packed.rows):
+            blocks.check_composes()
         if prompts is None:
             prompts = packed.rows.new_empty(len(packed.layout.sets), 1, 0, blocks.width)
         prompts = prompts.to(packed.rows.dtype).transpose(0, 1)  # (depth, S, n, d)

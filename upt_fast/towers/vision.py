@@ -7,11 +7,13 @@ prompts' keys and values only. The last layer has queries for the pooled rows on
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import ops
+from upt_fast import functions, ops
 from upt_fast.clip.frozen import FrozenVision
 from upt_fast.memory import Need, tower_need
 from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
@@ -65,7 +67,8 @@ class VisionTower(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 1 + G, w) rows that enter layer 0: class token and patches of images (B, 3, H, W)."""
         # a constant of the images: without a graph, unless the caller differentiates with respect to them
-        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        wanted = images.requires_grad or functions.composes(images)  # under a transform no tensor tells
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             patches = F.conv2d(
                 images.to(self.conv_weight.dtype), self.conv_weight, self.conv_bias, self.conv_weight.shape[2:]
             )
@@ -99,6 +102,12 @@ class VisionTower(nn.Module):
             raise ValueError(
                 f"images of {images.dtype}; wanted floating-point images normalised with the CLIP's mean and std"
             )
+        features = functools.partial(self._features, set_index=set_index, after_ln_pre=after_ln_pre)
+        return functions.twice_differentiable(features, images, prompts)
+
+    def _features(self, images: Tensor, prompts: Tensor | None, set_index: Tensor | None, after_ln_pre: bool) -> Tensor:
+        if functions.composes(images, self.class_row):
+            self.blocks.check_composes()
         x = self.embed(images)
         prompts = x.new_empty(1, 1, 0, x.shape[2]) if prompts is None else prompts.to(x.dtype)
         first, *others = prompts.unbind(1)  # (S, n, w) each
