@@ -808,7 +808,7 @@ def test_load_by_the_saved_name(saved, monkeypatch):
 
     monkeypatch.setattr(upt_fast.model, "load_clip", load_clip)
     loaded = FastUPT.load(path, precision="bf16", cache_dir="somewhere")
-    assert calls == [("ViT-Z-8", "some_tag", "bf16", "cpu", "somewhere")]
+    assert calls == [("ViT-Z-8", "some_tag", "bf16", "cpu", "somewhere", model.clip_quick_gelu)]
     images = images_for(clip, dtype=torch.float32)
     assert torch.equal(loaded(images), model(images))
     assert (loaded.clip_name, loaded.clip_pretrained, loaded.preprocess_cfg) == ("ViT-Z-8", "some_tag", {"size": 16})

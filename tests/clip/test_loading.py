@@ -9,6 +9,7 @@ import torch
 from upt_fast import FastUPT
 from upt_fast.clip import load_clip
 from upt_fast.clip.loading import TINY_CLIP_NAME
+from upt_fast.testing import random_clip
 
 CONFIG = {
     "embed_dim": 16,
@@ -148,12 +149,12 @@ def test_the_activation_is_the_one_of_the_weights(monkeypatch, name, tag, quick)
     monkeypatch.setattr(open_clip, "create_model", create_model)
     with pytest.raises(ValueError, match="no download in a test"):
         load_clip(name, tag)
-    assert bool(built[0].get("force_quick_gelu")) is quick
+    assert bool(built[0].get("quick_gelu")) is quick
 
 
 def test_the_name_with_a_slash_works(monkeypatch):
     """OpenAI's spelling, which open_clip takes."""
-    monkeypatch.setattr(open_clip, "create_model", lambda *args, **options: torch.nn.Identity())
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **options: random_clip())
     monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda model: {"size": 224})
     loaded = load_clip("ViT-B/16", "openai")
     assert loaded.tokenizer(["cat"]).shape == (1, 77)

@@ -20,9 +20,9 @@ def test_clean():
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
-        ("cat", "str; wanted a list of strings"),
-        (None, "NoneType; wanted"),
-        ({"cat"}, "set; wanted"),
+        ("cat", "str 'cat', one text; wanted a list of strings"),
+        (None, "NoneType, which gives no strings; wanted"),
+        ({"cat"}, "set, which has no order; wanted"),
         ([], "empty"),
         (["a", "  "], "class name 1 is '  '"),
         (["___"], "class name 0 is '___'"),
