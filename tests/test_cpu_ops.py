@@ -459,6 +459,7 @@ print("reason:", cpu_ops.refusal(torch.float32, 512))
 def test_no_compiler(how, tmp_path):
     """One line of reason and PyTorch's operations, never a failure; nothing is left in the cache."""
     environment = os.environ | {"UPT_FAST_CACHE": str(tmp_path / "cache"), "CXX": "no-such-compiler"}
+    environment.pop("UPT_FAST_CPU_OPS", None)
     if how == "broken_compiler":
         fake = tmp_path / "broken"
         fake.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
@@ -485,6 +486,33 @@ def test_no_compiler(how, tmp_path):
 def test_they_run_where_they_can():
     """Else a mistake in the sources would show as tests that are skipped."""
     assert REASON == ""
+
+
+BFLOAT16_SCRIPT = """
+import torch
+from upt_fast import cpu_ops
+from upt_fast.testing import build, random_clip
+print("reason:", cpu_ops.refusal(torch.bfloat16, 256))
+clip = random_clip(vision_width=256, text_width=256, text_heads=4, vision_layers=2, text_layers=2)
+fast, plain = (build("fast", clip, ["cat", "dog"], dtype=t) for t in (torch.bfloat16, torch.float32))
+plain.load_state_dict(fast.state_dict())
+images = torch.randn(2, 3, 32, 32)
+print("difference:", (fast(images).float() - plain(images)).abs().max().item() / plain(images).abs().max().item())
+"""
+
+
+@compiled
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_micro_kernel_that_refuses(isa):
+    """Whether PyTorch multiplies in bfloat16 hangs on what oneDNN takes the processor for; else its own run."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", BFLOAT16_SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 0.05
+    if isa == "AVX2":
+        assert "reason: PyTorch does not multiply so" in done.stdout or "no bfloat16" in done.stdout
 
 
 @compiled

@@ -85,7 +85,7 @@ def refusal(dtype: torch.dtype, width: int | None = None, num_heads: int = 1) ->
         return "the processor, or PyTorch on it, has no AVX-512"
     if dtype == torch.bfloat16 and not _has_bfloat16():
         return "the processor has no bfloat16 instructions"
-    return _load()
+    return _load() or _no_product(dtype)
 
 
 def _has_bfloat16() -> bool:
@@ -109,6 +109,17 @@ def _load() -> str:
     except Exception as error:  # compilers and loaders fail in many ways; PyTorch's operations do the same
         reason = str(error).strip().splitlines()
         return f"cannot be compiled: {reason[0] if reason else type(error).__name__}"
+    return ""
+
+
+@functools.cache
+def _no_product(dtype: torch.dtype) -> str:
+    """Why PyTorch's micro-kernel does not multiply, which its version and oneDNN decide: tried, for neither tells."""
+    a, b = (torch.ones(n, BLOCK, dtype=dtype, device="cpu") for n in (4, BLOCK))
+    try:
+        torch.ops.upt_fast_cpu.linear_residual(a, *pack(b), None, None, torch.empty_like(a))
+    except RuntimeError as error:
+        return f"PyTorch does not multiply so here: {str(error).strip().splitlines()[0]}"
     return ""
 
 
