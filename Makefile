@@ -11,13 +11,15 @@ ARGS ?=
 # processes that run tests side by side
 JOBS ?= 2
 
-.PHONY: help setup demo test test-oldest bench bench-full check kernel-report clean
+.PHONY: help setup demo test test-portable test-oldest mutants bench bench-full check kernel-report clean
 
 help:
 	@echo "make setup          virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo           adapt a small CLIP to handwritten digits in a new domain, in under five minutes"
 	@echo "make test           the test suite"
+	@echo "make test-portable  its numeric part under settings that make this processor pass for others (about an hour)"
 	@echo "make test-oldest    the test suite with the oldest versions that pyproject.toml allows, in $(OLDEST)"
+	@echo "make mutants        kernels made wrong, one operation at a time: each must be caught (about half an hour)"
 	@echo "make bench          benchmarks, default selection (about ten minutes)"
 	@echo "make bench-full     all benchmarks"
 	@echo "make check          ruff and mypy"
@@ -35,6 +37,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-portable: setup
+	$(BIN)/python tests/portable.py --jobs $(JOBS) $(ARGS)
+
+mutants: setup
+	$(BIN)/python tests/mutants/run.py --jobs $(JOBS) $(ARGS)
 
 # releases of that time know Python 3.10 to 3.12: PYTHON=python3.11 names one where python3 is newer
 test-oldest:

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # torch.empty and its kin are then filled with NaN (integers: the largest); operations without a deterministic form warn
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -27,6 +27,26 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 hypothesis.settings.register_profile("deterministic", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None)  # --hypothesis-profile explore: new examples each time
 hypothesis.settings.load_profile("deterministic")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="K/N", help="run every N-th test, from the K-th")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the share that --share names; equal ones in each worker."""
+    share = config.getoption("--share")
+    if share is None:
+        return
+    try:
+        which, parts = map(int, share.split("/"))
+    except ValueError:
+        which, parts = 0, 0
+    if not 1 <= which <= parts:
+        raise pytest.UsageError(f"--share {share!r}; wanted K/N with 1 <= K <= N, as in 2/5")
+    kept = {item for i, item in enumerate(items) if i % parts == which - 1}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
