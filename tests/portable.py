@@ -3,8 +3,9 @@
     python tests/portable.py [--share N] [--only TEXT] [--jobs N] [-- pytest's arguments]
 
 What PyTorch, oneDNN, MKL and the compiled operations compute with is chosen from the processor's instructions and from
-the threads; each setting below makes that choice another one. With --share N each setting runs a part of the tests,
-every N-th from another beginning, so that N settings run all. Exit code 0: all passed.
+the threads; each setting below makes that choice another one. The kernels' tests, interpreted in NumPy whatever the
+setting is, are divided among the settings; all others run under each. With --share N every setting runs an N-th of its
+tests, from another beginning. Exit code 0: all passed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ SETTINGS = (
     {"UPT_FAST_MEASURE": "1"},
     {"OMP_NUM_THREADS": "2"},
 )
+KERNELS = ("kernels",)
 NUMERIC = (
-    "kernels",
     "reference",
     "test_compose.py",
     "test_cpu_ops.py",
@@ -45,14 +46,13 @@ NUMERIC = (
 )
 
 
-def run(setting: dict[str, str], share: str, jobs: int, arguments: Sequence[str]) -> int:
+def run(setting: dict[str, str], files: Sequence[str], share: str, jobs: int, arguments: Sequence[str]) -> int:
     """pytest's exit code under a setting."""
     # threads of several processes that wait for each other's cores would take many times as long
     jobs = 0 if int(setting.get("OMP_NUM_THREADS", "1")) > 1 else jobs
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(jobs), *(str(ROOT / "tests" / name) for name in NUMERIC)]
-    return subprocess.run(
-        [*command, *(["--share", share] if share else []), *arguments], cwd=ROOT, env=os.environ | setting, check=False
-    ).returncode
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(jobs), "--share", share, *arguments]
+    command += [str(ROOT / "tests" / name) for name in files]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | setting, check=False).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,18 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="settings with this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
     options = parser.parse_args(given[:cut])
-    named = {" ".join(f"{name}={value}" for name, value in setting.items()): setting for setting in SETTINGS}
-    chosen = {name: setting for name, setting in named.items() if options.only in name}
+    names = [" ".join(f"{name}={value}" for name, value in setting.items()) for setting in SETTINGS]
+    chosen = [(number, name) for number, name in enumerate(names) if options.only in name]
     if not chosen or options.share < 1:
         parser.error(
-            f"--only {options.only!r} --share {options.share}; wanted a text in one of {', '.join(named)}; N >= 1"
+            f"--only {options.only!r} --share {options.share}; wanted a text in one of {', '.join(names)}; N >= 1"
         )
-    codes = {}
-    for number, (name, setting) in enumerate(chosen.items()):
-        share = f"{number % options.share + 1}/{options.share}" if options.share > 1 else ""
-        print(f"== {name} {share}", flush=True)
+    codes: dict[str, int] = {}
+    for number, name in chosen:
         started = time.monotonic()
-        codes[name] = run(setting, share, options.jobs, given[cut + 1 :])
+        for files, parts in ((NUMERIC, options.share), (KERNELS, options.share * len(SETTINGS))):
+            share = f"{number % parts + 1}/{parts}"
+            print(f"== {name}, {share} of {' '.join(files)}", flush=True)
+            codes[name] = codes.get(name, 0) or run(SETTINGS[number], files, share, options.jobs, given[cut + 1 :])
         print(f"== {name}: exit code {codes[name]} after {time.monotonic() - started:.0f} s", flush=True)
     failed = [name for name, code in codes.items() if code]
     print(f"{len(codes) - len(failed)} of {len(codes)} settings pass{': not ' if failed else ''}{', '.join(failed)}")

@@ -150,7 +150,7 @@ def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: 
             found = [t.detach() for t in run()]
         spreads = [s + _mean_square(f - w) for s, f, w in zip(spreads, found, wanted, strict=True)]
         allowed = [max(SPREADS**2 * s / (seed + 1), floor) for s, floor in zip(spreads, floors, strict=True)]
-        shares = [math.sqrt(e / a) if e else 0.0 for e, a in zip(errors, allowed, strict=True)]
+        shares = [math.sqrt(e / a) if a else math.inf if e else 0.0 for e, a in zip(errors, allowed, strict=True)]
         if max(shares) <= CLEAR:
             break
     return shares

@@ -67,6 +67,19 @@ def test_matches_reference_in_several_blocks_of_columns(programs, monkeypatch):
     compare(features(3, 300), features(20, 300), 14.3, integers([19, 0, 7]))
 
 
+@SPLITS
+@pytest.mark.parametrize("rising", [True, False], ids=["rising", "falling"])
+def test_largest_logit_block_by_block(rising, programs, monkeypatch):
+    """Each block of classes has larger logits than those before, or smaller: the sum so far is scaled each time."""
+    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    images, texts = features(5, 12), features(300, 12)
+    with torch.no_grad():
+        images.copy_(images[:1] + 0.1 * images)
+        order = torch.nn.functional.cosine_similarity(texts, images[:1]).argsort(descending=not rising)
+        texts.copy_(texts[order])
+    compare(images, texts, 14.3, integers([0, 299, 70, 64, 150]))
+
+
 def test_a_single_class_is_certain():
     images, texts = features(33, 5), features(1, 5)
     loss, *gradients = evaluate(

@@ -235,10 +235,10 @@ MUTANTS = (
     Mutant("contrastive_loss: gradient unscaled", "contrastive_loss.py", "g *= scale\n", "g *= 1.0\n"),
     # cpu/common.h
     Mutant(
-        "exponential of bfloat16: a coefficient",
+        "exponential of bfloat16: log2(e)",
         "cpu/common.h",
-        "_mm512_set1_ps(1.0000025934f)",
-        "_mm512_set1_ps(1.01f)",
+        "_mm512_set1_ps(1.44269504088896341f)",
+        "_mm512_set1_ps(1.4f)",
     ),
     # cpu/linear.cpp
     Mutant(
