@@ -491,13 +491,15 @@ def test_they_run_where_they_can():
 BFLOAT16_SCRIPT = """
 import torch
 from upt_fast import cpu_ops
+from upt_fast.closeness import relative_rms
 from upt_fast.testing import build, random_clip
 print("reason:", cpu_ops.refusal(torch.bfloat16, 256))
 clip = random_clip(vision_width=256, text_width=256, text_heads=4, vision_layers=2, text_layers=2)
-fast, plain = (build("fast", clip, ["cat", "dog"], dtype=t) for t in (torch.bfloat16, torch.float32))
-plain.load_state_dict(fast.state_dict())
-images = torch.randn(2, 3, 32, 32)
-print("difference:", (fast(images).float() - plain(images)).abs().max().item() / plain(images).abs().max().item())
+fast, exact = (build("fast", clip, ["cat", "dog"], dtype=t) for t in (torch.bfloat16, torch.float64))
+exact.load_state_dict(fast.state_dict())
+images = torch.randn(4, 3, 32, 32)
+print(relative_rms(fast.encode_image(images), exact.encode_image(images.double())))
+print(relative_rms(fast.encode_text(), exact.encode_text()))
 """
 
 
@@ -510,7 +512,8 @@ def test_micro_kernel_that_refuses(isa):
         [sys.executable, "-c", BFLOAT16_SCRIPT], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 0.05
+    # bfloat16 rounds by up to 2^-8, a few hundred times on the way
+    assert all(float(error) < 0.1 for error in done.stdout.split()[-2:])
     if isa == "AVX2":
         assert "reason: PyTorch does not multiply so" in done.stdout or "no bfloat16" in done.stdout
 
