@@ -28,8 +28,9 @@ from tqdm import tqdm
 import upt_fast
 from upt_fast import choices
 from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset, derive_seed
-from upt_fast.data.folder import ALL_IMAGES, FewShotSplit, ImageItem, few_shot_split, scan_folder, shorten
+from upt_fast.data.folder import ALL_IMAGES, ImageItem, scan_folder, shorten
 from upt_fast.data.images import corrupt_message, decode_images
+from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, build_normalize
 from upt_fast.files import write_text
 from upt_fast.graphs import NOT_YET
