@@ -261,6 +261,7 @@ def _eval_parser() -> ArgumentParser:
     _add_model_options(parser)
     parser.add_argument("--data", type=str, required=True, help="directory of images, laid out as for train")
     parser.add_argument("--split", type=str | None, default=None, help="train, val or test; none: the test images")
+    parser.add_argument("--classes-from", type=str, default="top", help="which folders are classes, as for train")
     parser.add_argument("--batch-size", type=int, default=100, help="images per forward pass")
     parser.add_argument("--num-workers", type=int | None, default=None, help="processes that load images")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -385,6 +386,7 @@ def _eval(options: Namespace) -> int:
         device=options.device,
         backend=options.backend,
         method=options.method,
+        classes_from=options.classes_from,
     )
     if options.json:
         print(json.dumps({"images_from": where, **asdict(evaluation)}, indent=2))

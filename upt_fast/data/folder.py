@@ -1,22 +1,30 @@
 """Directories of images, one folder per class.
 
-Two layouts are read: ``DIR/<class>/*.jpg``, or ``DIR/train/<class>/*.jpg`` with ``DIR/val`` and ``DIR/test`` beside it.
+Two layouts are read: ``DIR/<class>/*.jpg``, or ``DIR/train/<class>/*.jpg`` with ``DIR/val`` and ``DIR/test`` beside it,
+under the names that people give them (``SPLIT_FOLDERS``). Classes are the folders at that place, or with
+``classes_from="leaf"`` the innermost ones: ``DIR/animal/cat/*.jpg``. Links are followed.
+
 Every listing is sorted by name, so that nothing depends on the order in which a file system returns its entries.
 """
 
 from __future__ import annotations
 
-import os
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-)
-SPLIT_NAMES = ("train", "val", "test")
+from upt_fast.config import require_choice
+from upt_fast.data.tree import IMAGE_SUFFIXES, Folder, FolderTree, link_target, shorten
+
+SPLIT_FOLDERS = {  # in any case; also with "set" behind it: test_set, trainset
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 ALL_IMAGES = "all"  # the one split of a dataset without split folders
+CLASSES_FROM = ("top", "leaf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,7 @@ class ImageItem:
         path: the file.
         key: its path inside the dataset, with "/" on every system: what sampling and records go by.
         label: index of its class.
-        classname: name of its class's folder.
+        classname: name of its class.
     """
 
     path: Path
@@ -42,141 +50,261 @@ class FolderListing:
 
     Args:
         root: the directory.
-        classnames: names of the class folders, sorted; the index is the label.
-        splits: split name -> images sorted by key; names from "train", "val", "test", or only "all".
+        classnames: names of the classes in the order of their folders; the index is the label.
+        splits: split name -> images sorted by class and key; names from "train", "val", "test", or only "all".
+        folders: the classes' folders, sorted: names, or with classes from leaves paths like "animal/cat".
+        folder_links: how many class or split folders, or folders between, are links.
+        image_links: how many images are links.
+        broken: of each link that leads nowhere in the place of a folder, what to say of it.
     """
 
     root: Path
     classnames: tuple[str, ...]
     splits: dict[str, tuple[ImageItem, ...]]
+    folders: tuple[str, ...] = ()
+    folder_links: int = 0
+    image_links: int = 0
+    broken: tuple[str, ...] = ()
 
     @property
     def has_split_folders(self) -> bool:
         """Whether the directory holds train/, val/ or test/ rather than class folders."""
         return ALL_IMAGES not in self.splits
 
+    def describe_links(self) -> str | None:
+        """How many links there are, in words; None without any."""
+        if not self.folder_links + self.image_links:
+            return None
+        return f"{self.root}: links followed: {self.folder_links} to folders, {self.image_links} to images"
 
-def shorten(names: Iterable[object], limit: int = 10) -> str:
-    """The first names, comma-separated, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(str(name) for name in names[:limit]) + more
 
-
-def scan_folder(root: str | Path) -> FolderListing:
+def scan_folder(root: str | Path, classes_from: str = "top") -> FolderListing:
     """List a dataset directory without opening an image.
 
-    Hidden files and folders and files with other suffixes are passed over; images in folders below a class folder
-    are not looked for.
+    Hidden files and folders and files with other suffixes are passed over. Links are followed; of those that lead
+    nowhere, images are listed, to fail when they are read, and folders are told in the listing.
 
     Args:
         root: ``DIR`` of ``DIR/<class>/*`` or of ``DIR/{train,val,test}/<class>/*``.
+        classes_from: "top": the folders at that place; "leaf": the innermost folders below it.
     Raises:
-        ValueError: root is no directory, holds no class folders, a class folder holds no image, a link leads out of
-            root, a class of val/ or test/ is not in train/, or two folder names mean the same class name.
+        ValueError: root is no directory, holds no class folders or ambiguous ones, a class folder holds no image, a
+            class of val/ or test/ is not in train/, or two folders have the same class name.
     """
+    listing = list_folders(root, classes_from)
+    seen: dict[str, str] = {}
+    for folder, name in zip(listing.folders, listing.classnames, strict=True):
+        other = seen.setdefault(" ".join(name.replace("_", " ").split()), folder)
+        if other != folder:
+            raise ValueError(
+                f"class folders {other!r} and {folder!r} of {root} read as the same class name: rename one"
+            )
+    return listing
+
+
+def list_folders(root: str | Path, classes_from: str = "top") -> FolderListing:
+    """:func:`scan_folder` with the folders' own names, unchecked: for who matches them to names that are known."""
+    require_choice("classes_from", classes_from, CLASSES_FROM)
     root = Path(root)
     if not root.is_dir():
         what = "is not a directory" if root.exists() else "does not exist"
+        if root.is_symlink() and not root.exists():
+            what = f"cannot be read: {link_target(root)}"
         raise ValueError(f"dataset {str(root)!r} {what}; wanted a folder with one folder of images per class")
-    inside = Path(os.path.realpath(root))
-    top = _subfolders(root, inside)
-    split_folders = [name for name in SPLIT_NAMES if name in top and _holds_class_folders(root / name)]
-    if not split_folders:
-        classnames = _checked_classnames(root, top)
-        return FolderListing(root, classnames, {ALL_IMAGES: _scan_split(root, "", classnames, top, inside)})
-
-    if ignored := [name for name in top if name not in split_folders]:
+    reader = _Reader(FolderTree(root), classes_from)
+    split_folders = reader.find_splits()
+    tops = split_folders or {ALL_IMAGES: reader.tree.root}
+    classes = {split: reader.class_folders(folder) for split, folder in tops.items()}
+    known = set(classes.get("train") or (name for folders in classes.values() for name in folders))
+    for split, folders in classes.items():
+        if unknown := [name for name in folders if name not in known]:
+            raise ValueError(
+                f"{tops[split].path} has classes that {tops['train'].path} has not: {shorten(unknown)}{reader.lost()}"
+            )
+    if circles := reader.tree.circles():
         warnings.warn(
-            f"{root} has split folders ({', '.join(split_folders)}): others are not read: {shorten(ignored)}",
-            stacklevel=2,
+            f"{len(circles)} link(s) lead back to a folder that they are in, and are not followed: {shorten(circles)}",
+            stacklevel=3,
         )
-    folders = {split: _subfolders(root / split, inside) for split in split_folders}
-    known = set(folders.get("train") or (name for names in folders.values() for name in names))
-    classnames = _checked_classnames(root, sorted(known))
-    for split, names in folders.items():
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{root / split} has classes that {root / 'train'} has not: {shorten(unknown)}")
+    names = tuple(sorted(known))
     return FolderListing(
         root,
-        classnames,
-        {split: _scan_split(root, f"{split}/", classnames, names, inside) for split, names in folders.items()},
+        tuple(name.rpartition("/")[2] for name in names),
+        {split: reader.items(classes[split], names) for split in classes},
+        names,
+        reader.folder_links + sum(folder.is_link for folder in split_folders.values()),
+        reader.image_links,
+        tuple(reader.broken),
     )
 
 
-def _subfolders(folder: Path, inside: Path) -> list[str]:
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.is_dir():
-                if entry.is_symlink():
-                    _require_inside(Path(entry.path), inside)
-                names.append(entry.name)
-    return sorted(names)
+def split_meant(name: str) -> str | None:
+    """The split that a folder's name means: "train", "val", "test" or None."""
+    word = re.sub(r"[ _-]?set$", "", name.casefold())
+    return next((split for split, words in SPLIT_FOLDERS.items() if word in words), None)
 
 
-def _holds_class_folders(folder: Path) -> bool:
-    """Whether a folder called train, val or test is a split; with images of its own it is a class of that name."""
-    has_folder = False
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                has_folder = True
-            elif _is_image_name(entry.name):
-                return False
-    return has_folder
+class _Reader:
+    """Finds the splits and classes of a tree, and counts the links on the way."""
 
+    def __init__(self, tree: FolderTree, classes_from: str) -> None:
+        self.tree = tree
+        self.leaves = classes_from == "leaf"
+        self.folder_links = self.image_links = 0
+        self.broken: list[str] = []
 
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    def find_splits(self) -> dict[str, Folder]:
+        """The split folders in the root by their splits, in the order of SPLIT_FOLDERS; none where it holds classes."""
+        tree, root = self.tree, self.tree.root.path
+        contents = tree.contents(tree.root)
+        named = {name: folder for name, folder in contents.folders.items() if split_meant(name)}
+        real = {name: folder for name, folder in named.items() if self._holds_classes(folder)}
+        if not real:
+            self._refuse_splits_without_classes(named)
+            return {}
+        splits = {}
+        for split in SPLIT_FOLDERS:
+            candidates = [name for name in named if split_meant(name) == split and self._is_candidate(name, real)]
+            found = [name for name in candidates if name in real]
+            if found and len(candidates) > 1:
+                raise ValueError(
+                    f"{root} has {' and '.join(candidates)}, which both mean {split}; wanted one: "
+                    "rename or remove the other, or put the images into one of them"
+                )
+            if found:
+                splits[split] = real[found[0]]
+        self._check_others({name: f for name, f in contents.folders.items() if name not in real}, real, splits)
+        self._note_broken(path for path in contents.broken if split_meant(path.name))
+        return splits
 
+    def _holds_classes(self, folder: Folder) -> bool:
+        """Whether a folder with a split's name is a split, not a class of that name, nor without class folders."""
+        contents = self.tree.contents(folder)
+        return bool(contents.folders or contents.broken) and (not contents.images or self.tree.images_below(folder))
 
-def _require_inside(path: Path, inside: Path) -> None:
-    target = Path(os.path.realpath(path))
-    if not target.is_relative_to(inside):
+    def _is_candidate(self, name: str, real: Mapping[str, Folder]) -> bool:
+        return name in real or bool(self.tree.contents(self.tree.contents(self.tree.root).folders[name]).images)
+
+    def _refuse_splits_without_classes(self, named: Mapping[str, Folder]) -> None:
+        # train is a thing that can be seen on images, the other names are not
+        if all(name.casefold() == "train" for name in named):
+            return
+        root = self.tree.root.path
+        others = [name for name in self.tree.contents(self.tree.root).folders if name not in named]
+        beside = f" beside class folders ({shorten(others)})" if others else ""
         raise ValueError(
-            f"{path} is a link to {target}, outside of the dataset {inside}; wanted images inside it: "
-            "copy the files there, or pass the folder that holds them all"
+            f"{root} has the split folder(s) {shorten(named)}{beside}, without class folders in them; wanted class "
+            f"folders in each split ({root / 'test'}/<class>/*), or class folders only: move the images into class "
+            "folders, or move or rename these"
         )
 
-
-def _checked_classnames(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        raise ValueError(f"dataset {str(root)!r} has no folders; wanted one folder of images per class")
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(" ".join(name.replace("_", " ").split()), name)
-        if other != name:
-            raise ValueError(f"class folders {other!r} and {name!r} of {root} read as the same class name: rename one")
-    return tuple(names)
-
-
-def _scan_split(
-    root: Path, prefix: str, classnames: Sequence[str], folders: Sequence[str], inside: Path
-) -> tuple[ImageItem, ...]:
-    labels = {name: label for label, name in enumerate(classnames)}
-    items: list[ImageItem] = []
-    empty = []
-    for folder in folders:
-        directory = root / prefix / folder
-        names = []
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if not _is_image_name(entry.name) or entry.is_dir():
-                    continue
-                if entry.is_symlink():
-                    _require_inside(Path(entry.path), inside)
-                names.append(entry.name)
-        if not names:
-            empty.append(directory)
-        items += [
-            ImageItem(directory / name, f"{prefix}{folder}/{name}", labels[folder], folder) for name in sorted(names)
+    def _check_others(
+        self, others: Mapping[str, Folder], real: Mapping[str, Folder], splits: Mapping[str, Folder]
+    ) -> None:
+        """Refuse class folders beside split folders, and warn of anything else that is not read."""
+        root = self.tree.root.path
+        trained = self.tree.contents(splits["train"]).folders if "train" in splits else {}
+        classes = [
+            name
+            for name, folder in others.items()
+            if not split_meant(name)
+            and self.tree.contents(folder).images
+            and ("train" not in splits or name in trained)
         ]
-    if empty:
+        if classes:
+            raise ValueError(
+                f"{root} has the split folder(s) {shorten(real)} beside class folders ({shorten(classes)}); wanted one "
+                f"or the other: move the class folders into {root / 'train'}, or the split folder(s) elsewhere"
+            )
+        if others:
+            without = [name for name in others if split_meant(name)]
+            reason = f" ({shorten(without)}: no class folders in it)" if without else ""
+            warnings.warn(
+                f"{root} has split folders ({', '.join(real)}): others are not read: {shorten(others)}{reason}",
+                stacklevel=5,
+            )
+
+    def class_folders(self, top: Folder) -> dict[str, Folder]:
+        """Class folders of the root or of a split by name, or with leaves by their path below it."""
+        contents = self.tree.contents(top)
+        self._note_broken(contents.broken)
+        if not contents.folders:
+            raise ValueError(
+                f"dataset {str(top.path)!r} has no folders; wanted one folder of images per class{self.lost()}"
+            )
+        found = dict(self._leaves(top, "", {})) if self.leaves else contents.folders
+        if not self.leaves:
+            self._check_nested(top, found)
+        if empty := [folder.path for folder in found.values() if not self.tree.contents(folder).images]:
+            raise ValueError(
+                f"{len(empty)} class folder(s) without an image: {shorten(empty)}; wanted at least one file "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))}) in each: add images or remove the folder{self.lost()}"
+            )
+        self.folder_links += sum(folder.is_link for folder in found.values())
+        return found
+
+    def _check_nested(self, top: Folder, found: Mapping[str, Folder]) -> None:
+        """Refuse folders of class folders, and warn of images below class folders, which are not read."""
+        nested = {name: folder for name, folder in found.items() if self.tree.images_below(folder)}
+        groups = [name for name, folder in nested.items() if not self.tree.contents(folder).images]
+        if not groups:
+            if nested:
+                warnings.warn(
+                    f"images in folders below class folders are not read: {shorten(self._inner(nested))}; "
+                    "--classes-from leaf takes the innermost folders as classes",
+                    stacklevel=5,
+                )
+            return
+        what = f"{shorten(groups)} of {top.path} hold(s) folders of images, not images: {shorten(self._inner(nested))}"
+        if len(found) == 1 and top is self.tree.root:
+            inner = found[groups[0]].path
+            what = f"{what}. If {inner} is the dataset, pass that folder"
         raise ValueError(
-            f"{len(empty)} class folder(s) without an image: {shorten(empty)}; wanted at least one file "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))}) in each: add images or remove the folder"
+            f"class folders inside class folders: {what}; wanted one folder of images per class. Add --classes-from "
+            "leaf to take the innermost folders as classes, or move them up"
         )
-    return tuple(items)
+
+    def _inner(self, folders: Mapping[str, Folder]) -> list[str]:
+        return [f"{name}/{inner}" for name, folder in folders.items() for inner in self.tree.contents(folder).folders]
+
+    def _leaves(self, folder: Folder, prefix: str, groups: dict[Path, Path]) -> dict[str, Folder]:
+        """The innermost folders below one, by their path from the split; groups: folders of folders, by real path."""
+        found = {}
+        for name, sub in self.tree.contents(folder).folders.items():
+            contents, below = self.tree.contents(sub), self.tree.images_below(sub)
+            if contents.images and below:
+                raise ValueError(
+                    f"{sub.path} holds images and folders of images ({shorten(contents.folders)}); wanted one or the "
+                    "other with --classes-from leaf: move its own images into a folder of their class"
+                )
+            if contents.images or not (below or contents.broken):
+                found[f"{prefix}{name}"] = sub
+                continue
+            other = groups.setdefault(sub.way[-1], sub.path)
+            if other != sub.path:
+                raise ValueError(f"{other} and {sub.path} are the same folder of class folders; wanted it once")
+            self.folder_links += sub.is_link
+            self._note_broken(contents.broken)
+            found |= self._leaves(sub, f"{prefix}{name}/", groups)
+        return found
+
+    def _note_broken(self, paths: Iterable[Path]) -> None:
+        self.broken += [f"cannot read {path}: {link_target(path)}" for path in paths]
+
+    def lost(self) -> str:
+        """What else to say in an error: the links that lead nowhere."""
+        return f"; {shorten(self.broken)}" if self.broken else ""
+
+    def items(self, classes: Mapping[str, Folder], names: Sequence[str]) -> tuple[ImageItem, ...]:
+        """The images of class folders, sorted by class and key."""
+        labels = {name: label for label, name in enumerate(names)}
+        items: list[ImageItem] = []
+        for name, folder in sorted(classes.items()):
+            contents = self.tree.contents(folder)
+            self.image_links += contents.image_links
+            prefix = folder.path.relative_to(self.tree.root.path).as_posix()
+            items += [
+                ImageItem(folder.path / image, f"{prefix}/{image}", labels[name], name.rpartition("/")[2])
+                for image in contents.images
+            ]
+        return tuple(items)

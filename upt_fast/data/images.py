@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from upt_fast.data.folder import shorten
+from upt_fast.data.tree import link_target, shorten
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -45,6 +45,8 @@ def read_rgb(path: str | Path) -> Image.Image:
             return _to_rgb(_upright(image))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and more
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and os.path.islink(path):
+            reason = link_target(path)
         raise ImageDecodeError(f"cannot read {path}: {reason}") from error
 
 

@@ -47,7 +47,7 @@ class TrainConfig:
     """
 
     data: str = _option(
-        "directory of images: DIR/<class>/*, or DIR/train, DIR/val, DIR/test with class folders in each"
+        "directory of images: DIR/<class>/*, or DIR/train, DIR/val, DIR/test with class folders in each; links followed"
     )
     out: str = _option(
         "folder of the run: checkpoints, metrics and results; must not hold a run unless resume is given"
@@ -68,6 +68,9 @@ class TrainConfig:
     )
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "the method's own options by name; those left out have their defaults"}
+    )
+    classes_from: Literal["top", "leaf"] = _option(
+        "which folders are classes: those directly in DIR or its splits, or the innermost ones (animal/cat)", "top"
     )
     shots: int | Literal["all"] = _option("training images per class, or all", 16)
     seed: int = _option("of the few-shot draw, the initial prompts, the order of images and their augmentation", 1)
@@ -181,6 +184,8 @@ class TrainConfig:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Settings of this run that matter and differ from another's (to_dict), as "name: theirs there, ours here"."""
         mine = self.to_dict()
+        # what a run of an older version did not ask has its default, which is what that version did
+        other = {option.name: option.default for option in fields(self) if option.default is not MISSING} | dict(other)
         if other.get("method") != mine["method"]:  # then the options differ in kind
             mine = {name: mine[name] for name in train_fields()}
         return [

@@ -28,10 +28,11 @@ from tqdm import tqdm
 import upt_fast
 from upt_fast import choices
 from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset, derive_seed
-from upt_fast.data.folder import ALL_IMAGES, ImageItem, scan_folder, shorten
+from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, scan_folder
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, build_normalize
+from upt_fast.data.tree import shorten
 from upt_fast.files import write_text
 from upt_fast.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
@@ -109,7 +110,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         logger.info("%s is finished: %s and evaluated", out, done)
         return results
     device = resolve_device(config.device)
-    listing = scan_folder(config.data)
+    listing = scan_folder(config.data, config.classes_from)
+    _log_links(listing)
     split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
     if len(listing.classnames) < 2:
         raise ValueError(f"{config.data} has 1 class, {listing.classnames[0]!r}; wanted at least 2 to tell apart")
@@ -120,13 +122,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if is_run(out) and (out / CHOICES_FILE).is_file():  # older runs have none
                 choices.restore(read_json(out / CHOICES_FILE))
             model = _build_model(config, listing.classnames, out, device)
-            data = _load_data(config, model, listing.classnames, split)
+            data = _load_data(config, model, listing, split)
             return _run(config, out, model, data)
     finally:
         if made and not is_run(out):  # refused before anything was trained: leave nothing behind
             with contextlib.suppress(OSError):
                 (out / LOCK_FILE).unlink(missing_ok=True)
                 out.rmdir()
+
+
+def _log_links(listing: FolderListing) -> None:
+    if said := listing.describe_links():
+        logger.info("%s", said)
 
 
 def _check_out(config: TrainConfig, out: Path) -> None:
@@ -185,14 +192,12 @@ def _load_model(config: TrainConfig, folder: Path, device: torch.device) -> Fast
     )
 
 
-def _load_data(
-    config: TrainConfig, model: FastPromptedCLIP, classnames: tuple[str, ...], split: FewShotSplit
-) -> RunData:
+def _load_data(config: TrainConfig, model: FastPromptedCLIP, listing: FolderListing, split: FewShotSplit) -> RunData:
     """Decode every image that the run reads, and keep in memory what fits."""
     load_train, transform = build_augmentation(_preprocess_cfg(model), config.augment)
     load_eval = build_eval_transform(_preprocess_cfg(model))
     limit = int(config.cache_gib * GIB)
-    failures: list[str] = []
+    failures: list[str] = [*listing.broken]
     datasets: list[ImageDataset] = []
     for name, items, load in (
         ("training", split.train, load_train),
@@ -214,12 +219,12 @@ def _load_data(
             raise ValueError(f"{corrupt_message(failures)}; remove them, or leave them out with --on-corrupt skip")
         logger.warning("left out: %s", corrupt_message(failures))
         trained = {item.label for item in datasets[0].items}
-        if lost := [name for label, name in enumerate(classnames) if label not in trained]:
+        if lost := [name for label, name in enumerate(listing.classnames) if label not in trained]:
             raise ValueError(f"no training image is left of {len(lost)} class(es): {shorten(lost)}")
         if not len(datasets[2]):
             raise ValueError("no test image is left; wanted at least one that can be read")
     return RunData(
-        classnames=classnames,
+        classnames=listing.classnames,
         split=split,
         train=AugmentedDataset(datasets[0], transform, config.seed),
         val=datasets[1] if len(datasets[1]) else None,
@@ -606,6 +611,7 @@ def evaluate_run(
     backend: str = "auto",
     progress: bool = True,
     method: str | None = None,
+    classes_from: str = "top",
 ) -> tuple[Evaluation, str]:
     """Evaluate a trained model on a directory of images.
 
@@ -620,20 +626,22 @@ def evaluate_run(
         backend: of the model's operations.
         progress: whether to show progress bars.
         method: see :func:`load_run`.
+        classes_from: which folders are classes, see :func:`upt_fast.data.scan_folder`.
     Returns:
         The evaluation, and which images it is on, in words.
     Raises:
         ValueError: bad data or checkpoint; images that cannot be read; classes that the model does not know.
     """
     folder = checkpoint_folder(checkpoint)
-    listing = scan_folder(data)
+    listing = scan_folder(data, classes_from)
+    _log_links(listing)
     items, where = _eval_items(listing.splits, split, folder, Path(data))
     model = load_run(folder, device, backend, method)
     items = labels_for_model(items, model.classnames)
     load = build_eval_transform(_preprocess_cfg(model))
     decoded = decode_images([item.path for item in items], load, GIB, "reading images", progress)
-    if decoded.failures:
-        raise ValueError(corrupt_message(list(decoded.failures.values())))
+    if failures := [*listing.broken, *decoded.failures.values()]:
+        raise ValueError(corrupt_message(failures))
     images = None if decoded.images is None else [image for image in decoded.images if image is not None]
     workers = _num_workers(num_workers, device_of(model))
     return evaluate(model, ImageDataset(items, load, images), batch_size, workers, progress=progress), where
