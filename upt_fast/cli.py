@@ -261,7 +261,15 @@ def _eval_parser() -> ArgumentParser:
     _add_model_options(parser)
     parser.add_argument("--data", type=str, required=True, help="directory of images, laid out as for train")
     parser.add_argument("--split", type=str | None, default=None, help="train, val or test; none: the test images")
-    parser.add_argument("--classes-from", type=str, default="top", help="which folders are classes, as for train")
+    parser.add_argument(
+        "--classes-from", type=str | None, default=None, help="which folders are classes: top or leaf; none: as trained"
+    )
+    parser.add_argument(
+        "--classnames",
+        type=str | None,
+        default=None,
+        help="JSON or CSV file, class folder -> name: which class of the model a folder means",
+    )
     parser.add_argument("--batch-size", type=int, default=100, help="images per forward pass")
     parser.add_argument("--num-workers", type=int | None, default=None, help="processes that load images")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -273,6 +281,12 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files")
     _add_model_options(parser)
     parser.add_argument("--top-k", type=int, default=5, help="classes per image")
+    parser.add_argument(
+        "--classnames",
+        type=str | None,
+        default=None,
+        help="JSON or CSV file, class folder of training -> what to call the class in the answer",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -387,6 +401,7 @@ def _eval(options: Namespace) -> int:
         backend=options.backend,
         method=options.method,
         classes_from=options.classes_from,
+        classnames=options.classnames,
     )
     if options.json:
         print(json.dumps({"images_from": where, **asdict(evaluation)}, indent=2))
@@ -399,13 +414,14 @@ def _eval(options: Namespace) -> int:
 
 def _predict(options: Namespace) -> int:
     from upt_fast.train.evaluation import predict
-    from upt_fast.train.loop import load_run
+    from upt_fast.train.loop import class_names, load_run
 
     missing = [path for path in options.images if not Path(path).exists()]
     if missing:
         raise ValueError(f"{len(missing)} image file(s) do not exist: {', '.join(missing[:10])}")
     model = load_run(options.checkpoint, options.device, options.backend, options.method)
-    predictions = predict(model, options.images, options.top_k)
+    names = class_names(options.checkpoint, model, options.classnames)
+    predictions = predict(model, options.images, options.top_k, classnames=names)
     if options.json:
         print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
         return 0

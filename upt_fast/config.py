@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 PRESETS = ("paper", "released")
 CLASS_TOKEN_POSITIONS = ("end", "middle", "front")
+FOLDER_NAMES = "folders"  # classnames of who wants the class folders' own names, whatever they are
 TRANSFORMS = ("transformer", "mlp", "none")
 
 DEFAULT_TEMPLATE = "a photo of a {}."

@@ -30,10 +30,10 @@ def test_class_folders(tmp_path):
 
 
 def test_split_folders(tmp_path):
-    make_files(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 5, "val/b": 6, "test/b": 1, "notes/x": 1})
+    make_files(tmp_path, {"train/ant": 3, "train/bee": 3, "val/ant": 5, "val/bee": 6, "test/bee": 1, "notes/x": 1})
     with pytest.warns(UserWarning, match="not read: notes"):
         listing = scan_folder(tmp_path)
-    assert listing.classnames == ("a", "b")
+    assert listing.classnames == ("ant", "bee")
     split = few_shot_split(listing, 2, seed=1)
     assert (len(split.train), len(split.val), len(split.test), split.test_name) == (4, 4, 1, "test")
     assert {item.key.split("/")[0] for item in split.train} == {"train"}
@@ -48,8 +48,8 @@ def test_a_class_called_train_is_a_class(tmp_path):
 
 
 def test_the_rest_is_the_test_set(tmp_path):
-    listing = scan_folder(make_files(tmp_path, {"a": 5, "b": 2}))
-    with pytest.warns(UserWarning, match=r"fewer than 3 images: b \(2\)"):
+    listing = scan_folder(make_files(tmp_path, {"ant": 5, "bee": 2}))
+    with pytest.warns(UserWarning, match=r"fewer than 3 images: bee \(2\)"):
         split = few_shot_split(listing, 3, seed=1)
     assert (len(split.train), len(split.test), split.test_name) == (5, 2, "rest")
     assert not {item.key for item in split.train} & {item.key for item in split.test}

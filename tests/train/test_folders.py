@@ -1,6 +1,7 @@
 """Folders as people have them, trained and evaluated on by Python and by the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from upt_fast.cli import main
-from upt_fast.train import TrainConfig, evaluate_run, train
+from upt_fast.train import TrainConfig, evaluate_run, load_run, train
 
 
 def write_images(root: Path, folders: dict[str, int]) -> Path:
@@ -94,7 +95,7 @@ def test_groups_of_classes(tmp_path, capsys):
     assert split_of(tmp_path / "run")["classnames"] == ["cat", "dog", "car"]
     evaluate = ["eval", "--checkpoint", str(tmp_path / "run"), "--data", str(root), "--device", "cpu", "--json"]
     capsys.readouterr()
-    assert main([*evaluate, "--classes-from", "leaf"]) == 0
+    assert main(evaluate) == 0  # as trained
     assert json.loads(capsys.readouterr().out)["images_from"] == "images that training did not use"
     assert main([*evaluate, "--classes-from", "inner"]) == 2
     assert "classes_from='inner'; wanted" in capsys.readouterr().err
@@ -108,6 +109,145 @@ def test_classes_from_is_kept_on_resumption(tmp_path):
         train(settings(root, tmp_path / "run", resume=True, classes_from="leaf"))
     config = tmp_path / "run" / "config.json"
     older = json.loads(config.read_text())
-    del older["classes_from"]  # a run of before there was such a setting
+    for later in ("classes_from", "classnames"):  # a run of before there were such settings
+        del older[later]
     config.write_text(json.dumps(older))
     train(settings(root, tmp_path / "run", resume=True))
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("numbered") / "data", {"0": 3, "1": 3, "n01440764": 3})
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("names") / "names.csv"
+    file.write_text("folder,name\n0,zebra\n1,ant\nn01440764,a fish\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def named_run(numbered, names, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "named"
+    train(settings(numbered, out, classnames=str(names)))
+    return out
+
+
+def test_names_of_a_file_are_trained_and_kept(named_run, numbered, names, tmp_path, capsys):
+    assert split_of(named_run)["classnames"] == ["zebra", "ant", "a fish"]  # in the order of the folders
+    assert split_of(named_run)["folders"] == ["0", "1", "n01440764"]
+    assert load_run(named_run, "cpu").classnames == ("zebra", "ant", "a fish")
+    wanted = json.loads((named_run / "results.json").read_text())["test"]["class_accuracy"]
+    assert set(wanted) == {"zebra", "ant", "a fish"}
+    evaluation, _ = evaluate_run(named_run, numbered, device="cpu", progress=False)  # needs no file
+    assert evaluation.class_accuracy == wanted
+    shutil.copytree(named_run / "last", tmp_path / "copy")  # a checkpoint alone knows as much
+    evaluation, where = evaluate_run(tmp_path / "copy", numbered, device="cpu", progress=False)
+    assert (where, evaluation.num_images) == ("all images", 9)
+    image = str(numbered / "0" / "0.png")
+    assert main(["predict", image, "--checkpoint", str(tmp_path / "copy"), "--device", "cpu", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)[0]["classnames"]) == {"zebra", "ant", "a fish"}
+
+
+def test_data_called_by_the_names_is_matched(named_run, numbered, tmp_path):
+    shutil.copytree(numbered / "0", tmp_path / "data" / "zebra")
+    shutil.copytree(numbered / "n01440764", tmp_path / "data" / "a_fish")
+    evaluation, _ = evaluate_run(named_run, tmp_path / "data", device="cpu", progress=False)
+    assert set(evaluation.class_accuracy) == {"zebra", "a fish"}
+    shutil.copytree(numbered / "0", tmp_path / "data" / "0")
+    with pytest.raises(ValueError, match=r"'0' and 'zebra' of .* both mean class 'zebra'"):
+        evaluate_run(named_run, tmp_path / "data", device="cpu", progress=False)
+
+
+def test_a_file_for_eval_and_predict_calls_classes_otherwise(named_run, numbered, tmp_path, capsys):
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps({"0": "Zebra!", "1": "Ameise", "n01440764": "Fisch"}))
+    options = ["--checkpoint", str(named_run), "--device", "cpu", "--json", "--classnames", str(file)]
+    assert main(["eval", "--data", str(numbered), *options]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    wanted = json.loads((named_run / "results.json").read_text())["test"]["class_accuracy"]
+    assert list(evaluation["class_accuracy"].values()) == list(wanted.values())  # the model is the same
+    assert list(evaluation["class_accuracy"]) == ["Zebra!", "Ameise", "Fisch"]
+    assert main(["predict", str(numbered / "1" / "0.png"), *options]) == 0
+    assert set(json.loads(capsys.readouterr().out)[0]["classnames"]) == {"Zebra!", "Ameise", "Fisch"}
+    file.write_text(json.dumps({"0": "Zebra!", "1": "Ameise"}))
+    for argv in (["eval", "--data", str(numbered)], ["predict", str(numbered / "1" / "0.png")]):
+        assert main([*argv, *options]) == 2
+        assert "1 folder(s) have no name: 'n01440764'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_matches_other_folders_to_a_model(named_run, numbered, tmp_path):
+    for folder, other in (("0", "Streifenpferd"), ("1", "Ameise")):
+        shutil.copytree(numbered / folder, tmp_path / "data" / other)
+    with pytest.raises(ValueError, match=r"not trained on: Ameise, Streifenpferd; it knows 3.*--classnames FILE"):
+        evaluate_run(named_run, tmp_path / "data", device="cpu", progress=False)
+    names = {"Streifenpferd": "zebra", "Ameise": "ant"}
+    evaluation, _ = evaluate_run(named_run, tmp_path / "data", device="cpu", progress=False, classnames=names)
+    assert set(evaluation.class_accuracy) == {"zebra", "ant"}
+    names["Ameise"] = "bee"
+    with pytest.raises(ValueError, match=r"not trained on: Ameise \(bee\)"):
+        evaluate_run(named_run, tmp_path / "data", device="cpu", progress=False, classnames=names)
+
+
+def test_resuming_with_other_names_is_refused(numbered, names, tmp_path):
+    file = tmp_path / "names.csv"
+    file.write_text(names.read_text())
+    train(settings(numbered, tmp_path / "run", classnames=str(file)))
+    (tmp_path / "run" / "results.json").unlink()
+    file.write_text(names.read_text().replace("zebra", "horse"))
+    with pytest.raises(ValueError, match=r"class names changed \(classnames differ\)"):
+        train(settings(numbered, tmp_path / "run", classnames=str(file), resume=True))
+    train(settings(numbered, tmp_path / "run", classnames=str(names), resume=True))
+
+
+def test_a_run_of_before_there_were_names_goes_on(numbered, tmp_path):
+    out = tmp_path / "run"
+    train(settings(numbered, out, classnames="folders"))
+    assert load_run(out, "cpu").classnames == ("0", "1", "n01440764")
+    for name in ("results.json", "last/classes.json"):
+        (out / name).unlink()
+    (out / "split.json").write_text(json.dumps({k: v for k, v in split_of(out).items() if k != "folders"}))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "classnames"}))
+    train(settings(numbered, out, resume=True))
+    evaluation, where = evaluate_run(out, numbered, device="cpu", progress=False)
+    assert set(evaluation.class_accuracy) == {"0", "1", "n01440764"}
+    assert where == "images that training did not use"
+
+
+@pytest.mark.filterwarnings("always:.*WordNet ids")
+def test_wordnet_ids_are_trained_by_name(tmp_path, capsys):
+    root = write_images(tmp_path / "data", {"n02012849": 3, "n03126707": 3})
+    assert main(command(root, tmp_path / "run")) == 0
+    assert "warning: 2 class folder(s)" in (said := capsys.readouterr().err)
+    assert said.count("n02012849 is 'crane, large long-necked") == 1
+    assert main(["eval", "--checkpoint", str(tmp_path / "run"), "--data", str(root), "--device", "cpu"]) == 0
+    assert "WordNet" not in capsys.readouterr().err
+
+
+def test_models_with_wordnet_s_names_know_its_ids(tmp_path):
+    """As one from a released checkpoint, whose names are words, on a folder of ids."""
+    root = write_images(tmp_path / "words", {"goldfish": 3, "tench": 3})
+    train(settings(root, tmp_path / "run"))
+    (tmp_path / "ids").mkdir()
+    (tmp_path / "ids" / "n01440764").symlink_to(root / "tench")
+    evaluation, _ = evaluate_run(tmp_path / "run", tmp_path / "ids", device="cpu", progress=False)
+    assert set(evaluation.class_accuracy) == {"tench"}
+
+
+def test_a_bad_file_leaves_nothing_behind(numbered, tmp_path, capsys):
+    (tmp_path / "names.csv").write_text("0,zebra\n")
+    assert main(command(numbered, tmp_path / "run", "--classnames", str(tmp_path / "names.csv"))) == 2
+    assert "2 folder(s) have no name: '1', 'n01440764'" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"folders": ["0"], "classes_from": "top"}', '{"folders": 3, "classes_from": 1}']
+)
+def test_damaged_classes_are_told(named_run, numbered, tmp_path, text):
+    shutil.copytree(named_run / "last", tmp_path / "copy")
+    (tmp_path / "copy" / "classes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"classes\.json"):
+        evaluate_run(tmp_path / "copy", numbered, device="cpu", progress=False)

@@ -131,8 +131,8 @@ def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method):
     assert main(command(data, tmp_path / "whole", name, "--epochs", "4")) == 0
     write = loop.write_checkpoint
 
-    def killed_after_two(run_dir, model, momentum, state):
-        write(run_dir, model, momentum, state)
+    def killed_after_two(run_dir, model, momentum, state, classes):
+        write(run_dir, model, momentum, state, classes)
         if state.epoch == 2:
             raise Killed
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upt_fast.config import require_choice
+from upt_fast.data.classnames import name_classes
 from upt_fast.data.tree import IMAGE_SUFFIXES, Folder, FolderTree, link_target, shorten
 
 SPLIT_FOLDERS = {  # in any case; also with "set" behind it: test_set, trainset
@@ -78,7 +79,9 @@ class FolderListing:
         return f"{self.root}: links followed: {self.folder_links} to folders, {self.image_links} to images"
 
 
-def scan_folder(root: str | Path, classes_from: str = "top") -> FolderListing:
+def scan_folder(
+    root: str | Path, classes_from: str = "top", classnames: str | Path | Mapping[str, str] | None = None
+) -> FolderListing:
     """List a dataset directory without opening an image.
 
     Hidden files and folders and files with other suffixes are passed over. Links are followed; of those that lead
@@ -87,19 +90,21 @@ def scan_folder(root: str | Path, classes_from: str = "top") -> FolderListing:
     Args:
         root: ``DIR`` of ``DIR/<class>/*`` or of ``DIR/{train,val,test}/<class>/*``.
         classes_from: "top": the folders at that place; "leaf": the innermost folders below it.
+        classnames: names of the classes: a JSON or CSV file or a mapping, folder -> name; "folders": the folders' own;
+            None: the folders' own, with WordNet ids by their names, and a warning where names mean nothing.
     Raises:
         ValueError: root is no directory, holds no class folders or ambiguous ones, a class folder holds no image, a
-            class of val/ or test/ is not in train/, or two folders have the same class name.
+            class of val/ or test/ is not in train/, two folders have the same class name, or classnames does not fit.
     """
     listing = list_folders(root, classes_from)
-    seen: dict[str, str] = {}
-    for folder, name in zip(listing.folders, listing.classnames, strict=True):
-        other = seen.setdefault(" ".join(name.replace("_", " ").split()), folder)
-        if other != folder:
-            raise ValueError(
-                f"class folders {other!r} and {folder!r} of {root} read as the same class name: rename one"
-            )
-    return listing
+    names = name_classes(listing.folders, classnames, listing.root)
+    if names == listing.classnames:
+        return listing
+    splits = {
+        split: tuple(replace(item, classname=names[item.label]) for item in items)
+        for split, items in listing.splits.items()
+    }
+    return replace(listing, classnames=names, splits=splits)
 
 
 def list_folders(root: str | Path, classes_from: str = "top") -> FolderListing:

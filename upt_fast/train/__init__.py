@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upt_fast.train.config import TrainConfig
     from upt_fast.train.evaluation import Evaluation, Prediction, evaluate, predict
-    from upt_fast.train.loop import TrainingDivergedError, evaluate_run, load_run, train
+    from upt_fast.train.loop import TrainingDivergedError, class_names, evaluate_run, load_run, train
     from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TrainConfig",
     "TrainingDivergedError",
     "WarmupCosineLR",
+    "class_names",
     "evaluate",
     "evaluate_run",
     "load_run",
@@ -32,6 +33,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "predict": "evaluation",
     "TrainingDivergedError": "loop",
+    "class_names": "loop",
     "evaluate_run": "loop",
     "load_run": "loop",
     "train": "loop",

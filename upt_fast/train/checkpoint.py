@@ -5,7 +5,8 @@
     RUN/choices.json       which of several exact ways computes what (choices.py), for a resumed run to be the same
     RUN/metrics.jsonl      one line per epoch
     RUN/tensorboard/
-    RUN/checkpoints/epoch-0007/    the learner (FastPromptedCLIP.load reads it), training_state.safetensors and .json
+    RUN/checkpoints/epoch-0007/    the learner (FastPromptedCLIP.load reads it), training_state.safetensors and .json,
+                                   classes.json: the class folders of training (classes.py)
     RUN/last, RUN/best     links to two of those
     RUN/results.json       of the final evaluation; its presence says that the run is finished
 
@@ -34,6 +35,7 @@ from upt_fast.files import load_safetensors, save_safetensors, write_text
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 TEMPORARY_PREFIX = ".tmp-"
+CLASSES_FILE = "classes.json"
 STATE_FILE = "training_state.json"
 TENSORS_FILE = "training_state.safetensors"
 MOMENTUM_PREFIX = "momentum."
@@ -95,8 +97,22 @@ def checkpoint_name(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
 
 
-def write_checkpoint(run_dir: Path, model: SavesPretrained, momentum: dict[str, Tensor], state: TrainingState) -> None:
-    """Write the checkpoint of state.epoch, point ``last`` and ``best`` at theirs and remove the others."""
+def write_checkpoint(
+    run_dir: Path,
+    model: SavesPretrained,
+    momentum: dict[str, Tensor],
+    state: TrainingState,
+    classes: dict[str, Any] | None = None,
+) -> None:
+    """Write the checkpoint of state.epoch, point ``last`` and ``best`` at theirs and remove the others.
+
+    Args:
+        run_dir: the run.
+        model: what to save.
+        momentum: parameter name -> buffer of the optimizer.
+        state: of the training.
+        classes: what classes.json holds.
+    """
     checkpoints = run_dir / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     name = checkpoint_name(state.epoch)
@@ -107,6 +123,8 @@ def write_checkpoint(run_dir: Path, model: SavesPretrained, momentum: dict[str, 
     # without tensors and metadata safetensors writes a header that it cannot read
     save_safetensors(temporary / TENSORS_FILE, tensors, {"format": "pt"})
     write_json(temporary / STATE_FILE, asdict(state))
+    if classes is not None:
+        write_json(temporary / CLASSES_FILE, classes)
     fsync_directory(temporary)
     os.rename(temporary, checkpoints / name)
     fsync_directory(checkpoints)

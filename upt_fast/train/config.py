@@ -10,13 +10,14 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from upt_fast.config import MethodConfig, require_choice, require_int
+from upt_fast.config import FOLDER_NAMES, MethodConfig, require_choice, require_int
 from upt_fast.methods import Method, find_method
 
 # what may change between a run and its resumption: where things are and how they are computed, not what is computed
 FREE_ON_RESUME = frozenset(
     (
         "data",
+        "classnames",  # what matters are the names: split.json has them
         "out",
         "device",
         "cuda_graph",
@@ -72,6 +73,10 @@ class TrainConfig:
     classes_from: Literal["top", "leaf"] = _option(
         "which folders are classes: those directly in DIR or its splits, or the innermost ones (animal/cat)", "top"
     )
+    classnames: str | None = _option(
+        "JSON or CSV file, folder -> class name; folders: the folders' names; none: these, WordNet ids by their names",
+        None,
+    )
     shots: int | Literal["all"] = _option("training images per class, or all", 16)
     seed: int = _option("of the few-shot draw, the initial prompts, the order of images and their augmentation", 1)
     epochs: int = _option(
@@ -119,6 +124,8 @@ class TrainConfig:
             raise ValueError("pretrained=''; wanted a tag, a checkpoint file or none")
         if self.quick_gelu not in (None, True, False):
             raise ValueError(f"quick_gelu={self.quick_gelu!r}; wanted true, false or none")
+        if self.classnames is not None and not self.classnames:
+            raise ValueError("classnames=''; wanted a JSON or CSV file, 'folders' or none")
         if self.shots != "all" and (isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1):
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):
@@ -169,13 +176,16 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, flat: the run's settings and, by their names, all of the method's options.
 
-        data, out, a checkpoint file and the file of a method are absolute paths, so that it holds from any folder.
+        data, out, files of a checkpoint and of class names and the file of a method are absolute paths, so that it
+        holds from any folder.
         """
         values = {name: getattr(self, name) for name in train_fields()}
         values["data"] = str(Path(self.data).absolute())
         values["out"] = str(Path(self.out).absolute())
         if self.pretrained is not None and Path(self.pretrained).is_file():
             values["pretrained"] = str(Path(self.pretrained).absolute())
+        if self.classnames not in (None, FOLDER_NAMES):
+            values["classnames"] = str(Path(str(self.classnames)).absolute())
         file, _, name = self.method.rpartition(":")
         if file.endswith(".py"):
             values["method"] = f"{Path(file).absolute()}:{name}"

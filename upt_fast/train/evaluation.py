@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from upt_fast.config import require_int
-from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
 from upt_fast.data.transforms import build_eval_transform, build_normalize
 
@@ -69,6 +68,7 @@ def evaluate(
     num_workers: int = 0,
     description: str = "evaluating",
     progress: bool = True,
+    classnames: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluate a model; its training mode is kept.
 
@@ -79,6 +79,7 @@ def evaluate(
         num_workers: processes that load images.
         description: of the progress bar.
         progress: whether to show it.
+        classnames: what to call the classes, in the model's order; None: as the model does.
     Raises:
         ValueError: the dataset is empty.
     """
@@ -105,14 +106,15 @@ def evaluate(
             hits.append(logits.argmax(dim=1) == target)
             labels.append(target)
             bar.update(len(target))
-    num_classes = len(model.classnames)
+    names = model.classnames if classnames is None else classnames
+    num_classes = len(names)
     label = torch.cat(labels).cpu()
     hit = torch.cat(hits).cpu()
     counts = torch.bincount(label, minlength=num_classes)
     correct = torch.bincount(label[hit], minlength=num_classes)
     class_accuracy = {
         name: int(right) / int(count)
-        for name, right, count in zip(model.classnames, correct, counts, strict=True)
+        for name, right, count in zip(names, correct, counts, strict=True)
         if int(count) > 0
     }
     return Evaluation(
@@ -137,7 +139,12 @@ class _eval_mode:
 
 
 def predict(
-    model: Any, paths: Sequence[str | Path], top_k: int = 5, batch_size: int = 100, progress: bool = True
+    model: Any,
+    paths: Sequence[str | Path],
+    top_k: int = 5,
+    batch_size: int = 100,
+    progress: bool = True,
+    classnames: Sequence[str] | None = None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -147,10 +154,12 @@ def predict(
         top_k: classes per image; all of them if there are fewer.
         batch_size: images per forward pass.
         progress: whether to show a progress bar.
+        classnames: what to call the classes, in the model's order; None: as the model does.
     Returns:
         N predictions, in the order of paths.
     Raises:
-        ValueError: no path, top_k below 1, or files that cannot be read, with their paths.
+        ValueError: no path, top_k below 1, class names that are not as many as the model's, or files that cannot be
+            read, with their paths.
     """
     if not paths:
         raise ValueError("no image; wanted at least one path")
@@ -158,7 +167,10 @@ def predict(
     device = device_of(model)
     load = build_eval_transform(model.preprocess_cfg)
     normalize = build_normalize(model.preprocess_cfg)
-    top_k = min(top_k, len(model.classnames))
+    names = model.classnames if classnames is None else tuple(classnames)
+    if len(names) != len(model.classnames):
+        raise ValueError(f"{len(names)} class names for {len(model.classnames)} classes; wanted as many")
+    top_k = min(top_k, len(names))
     predictions: list[Prediction] = []
     failures: list[str] = []
     with (
@@ -180,30 +192,9 @@ def predict(
             probabilities = model(normalize(torch.stack(images).to(device))).float().softmax(dim=1)
             values, indices = probabilities.topk(top_k, dim=1)
             predictions += [
-                Prediction(str(path), tuple(model.classnames[i] for i in index), tuple(value))
+                Prediction(str(path), tuple(names[i] for i in index), tuple(value))
                 for path, index, value in zip(batch, indices.tolist(), values.tolist(), strict=True)
             ]
     if failures:
         raise ValueError(corrupt_message(failures))
     return predictions
-
-
-def labels_for_model(items: Sequence[ImageItem], classnames: Sequence[str]) -> list[ImageItem]:
-    """Items with labels that index a model's class names, matched by name with underscores read as spaces.
-
-    Raises:
-        ValueError: a class is not among the model's.
-    """
-    index = {_plain(name): label for label, name in enumerate(classnames)}
-    unknown = sorted({item.classname for item in items if _plain(item.classname) not in index})
-    if unknown:
-        raise ValueError(
-            f"class folders that the model was not trained on: {', '.join(unknown[:10])}"
-            f"{f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''}; it knows {len(index)} classes: "
-            f"{', '.join(list(classnames)[:10])}{', ...' if len(index) > 10 else ''}"
-        )
-    return [ImageItem(item.path, item.key, index[_plain(item.classname)], item.classname) for item in items]
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").split())

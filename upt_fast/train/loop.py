@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 import upt_fast
 from upt_fast import choices
+from upt_fast.config import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset, derive_seed
-from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, scan_folder
+from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, list_folders, scan_folder
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, build_normalize
@@ -46,8 +47,9 @@ from upt_fast.train.checkpoint import (
     write_checkpoint,
     write_json,
 )
+from upt_fast.train.classes import TrainedClasses, match_images, read_classes, shown_names
 from upt_fast.train.config import TrainConfig, check_device_name
-from upt_fast.train.evaluation import Evaluation, device_of, evaluate, labels_for_model, to_device
+from upt_fast.train.evaluation import Evaluation, device_of, evaluate, to_device
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 
@@ -59,6 +61,7 @@ logger = logging.getLogger("upt_fast")
 GIB = 2**30
 CONFIG_FILE, SPLIT_FILE, METRICS_FILE, RESULTS_FILE = "config.json", "split.json", "metrics.jsonl", "results.json"
 CHOICES_FILE = "choices.json"
+LATER_KEYS = ("folders",)  # of split.json, which runs of earlier versions do not have
 
 
 class TrainingDivergedError(RuntimeError):
@@ -84,6 +87,7 @@ class RunData:
     """The datasets of a run and what was left out of them."""
 
     classnames: tuple[str, ...]
+    classes: TrainedClasses
     split: FewShotSplit
     train: AugmentedDataset
     val: ImageDataset | None
@@ -110,7 +114,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         logger.info("%s is finished: %s and evaluated", out, done)
         return results
     device = resolve_device(config.device)
-    listing = scan_folder(config.data, config.classes_from)
+    listing = scan_folder(config.data, config.classes_from, _asked_names(config, out))
     _log_links(listing)
     split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
     if len(listing.classnames) < 2:
@@ -129,6 +133,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
             with contextlib.suppress(OSError):
                 (out / LOCK_FILE).unlink(missing_ok=True)
                 out.rmdir()
+
+
+def _asked_names(config: TrainConfig, out: Path) -> str | None:
+    """The config's classnames; runs of before there was such a setting go on with their folders' names."""
+    if config.resume and config.classnames is None and "folders" not in read_json(out / SPLIT_FILE):
+        return FOLDER_NAMES
+    return config.classnames
 
 
 def _log_links(listing: FolderListing) -> None:
@@ -225,6 +236,7 @@ def _load_data(config: TrainConfig, model: FastPromptedCLIP, listing: FolderList
             raise ValueError("no test image is left; wanted at least one that can be read")
     return RunData(
         classnames=listing.classnames,
+        classes=TrainedClasses(listing.folders, config.classes_from),
         split=split,
         train=AugmentedDataset(datasets[0], transform, config.seed),
         val=datasets[1] if len(datasets[1]) else None,
@@ -242,6 +254,7 @@ def _preprocess_cfg(model: FastPromptedCLIP) -> dict[str, Any]:
 def _describe_split(data: RunData) -> dict[str, Any]:
     return {
         "classnames": list(data.classnames),
+        "folders": list(data.classes.folders),
         "train": [item.key for item in data.train.base.items],
         "val": [] if data.val is None else [item.key for item in data.val.items],
         "test_split": data.split.test_name,
@@ -253,8 +266,12 @@ def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData)
     described = _describe_split(data)
     if is_run(out):
         recorded = read_json(out / SPLIT_FILE)
-        if changed := [key for key, value in described.items() if recorded.get(key) != value]:
-            raise ValueError(f"cannot resume {out}: the images in {config.data} changed ({', '.join(changed)} differ)")
+        written = [key for key in described if key in recorded or key not in LATER_KEYS]
+        if changed := [key for key in written if recorded.get(key) != described[key]]:
+            raise ValueError(
+                f"cannot resume {out}: the images in {config.data} or their class names changed "
+                f"({', '.join(changed)} differ)"
+            )
     else:
         write_json(out / SPLIT_FILE, described)
         write_json(out / CHOICES_FILE, choices.record())
@@ -262,7 +279,7 @@ def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData)
 
     if not any(True for _ in model.parameters()):
         logger.info("%s has nothing to train; testing on %d images", config.method, len(data.test))
-        return _finish(config, out, model, _save_untrained(out, model), data)
+        return _finish(config, out, model, _save_untrained(out, model, data), data)
     trainer = _Trainer(config, out, model, data)
     if config.resume:
         logger.info("resuming %s after epoch %d of %d", out, trainer.state.epoch, config.epochs)
@@ -282,12 +299,12 @@ def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData)
     return _finish(config, out, model, trainer.state, data)
 
 
-def _save_untrained(out: Path, model: FastPromptedCLIP) -> TrainingState:
+def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> TrainingState:
     """The one checkpoint of a method without parameters, written unless it is there."""
     if restored := read_checkpoint(out):
         return restored[0]
     state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=0.0)
-    write_checkpoint(out, model, {}, state)
+    write_checkpoint(out, model, {}, state, data.classes.to_dict())
     return state
 
 
@@ -462,7 +479,7 @@ class _Trainer:
             for name, parameter in self.model.named_parameters()
             if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None
         }
-        write_checkpoint(self.out, self.model, momentum, state)
+        write_checkpoint(self.out, self.model, momentum, state, self.data.classes.to_dict())
         self.state = state
 
     def _truncate_metrics(self) -> None:
@@ -611,13 +628,15 @@ def evaluate_run(
     backend: str = "auto",
     progress: bool = True,
     method: str | None = None,
-    classes_from: str = "top",
+    classes_from: str | None = None,
+    classnames: str | Path | Mapping[str, str] | None = None,
 ) -> tuple[Evaluation, str]:
     """Evaluate a trained model on a directory of images.
 
     Args:
         checkpoint: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
-        data: directory of images; its class folders are matched to the model's classes by name.
+        data: directory of images; its class folders are matched to the model's classes by the folders of training and
+            by name, see :func:`upt_fast.train.classes.match_images`.
         split: "train", "val" or "test"; None: test, else val, else train; without split folders all images, but those
             that the run was trained on where this is the directory it was trained on.
         batch_size: images per forward pass.
@@ -626,25 +645,45 @@ def evaluate_run(
         backend: of the model's operations.
         progress: whether to show progress bars.
         method: see :func:`load_run`.
-        classes_from: which folders are classes, see :func:`upt_fast.data.scan_folder`.
+        classes_from: "top" or "leaf", see :func:`upt_fast.data.scan_folder`; None: as in training.
+        classnames: a JSON or CSV file or a mapping, folder -> name: which class of the model a folder means, and what
+            to call it; see :func:`upt_fast.train.classes.match_images`.
     Returns:
         The evaluation, and which images it is on, in words.
     Raises:
         ValueError: bad data or checkpoint; images that cannot be read; classes that the model does not know.
     """
     folder = checkpoint_folder(checkpoint)
-    listing = scan_folder(data, classes_from)
+    classes = read_classes(folder)
+    listing = list_folders(data, classes_from or (classes.classes_from if classes else "top"))
     _log_links(listing)
     items, where = _eval_items(listing.splits, split, folder, Path(data))
     model = load_run(folder, device, backend, method)
-    items = labels_for_model(items, model.classnames)
+    matched = match_images(items, listing, classes, model.classnames, classnames)
     load = build_eval_transform(_preprocess_cfg(model))
-    decoded = decode_images([item.path for item in items], load, GIB, "reading images", progress)
+    decoded = decode_images([item.path for item in matched.items], load, GIB, "reading images", progress)
     if failures := [*listing.broken, *decoded.failures.values()]:
         raise ValueError(corrupt_message(failures))
     images = None if decoded.images is None else [image for image in decoded.images if image is not None]
     workers = _num_workers(num_workers, device_of(model))
-    return evaluate(model, ImageDataset(items, load, images), batch_size, workers, progress=progress), where
+    dataset = ImageDataset(matched.items, load, images)
+    evaluation = evaluate(model, dataset, batch_size, workers, progress=progress, classnames=matched.classnames)
+    return evaluation, where
+
+
+def class_names(
+    checkpoint: str | Path, model: FastPromptedCLIP, classnames: str | Path | Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """What to call a model's classes, in its order.
+
+    Args:
+        checkpoint: that the model is of: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
+        model: of load_run.
+        classnames: a JSON or CSV file or a mapping, class folder of training -> name; None: the model's own names.
+    Raises:
+        ValueError: classnames does not fit the folders of training.
+    """
+    return shown_names(read_classes(checkpoint_folder(checkpoint)), model.classnames, classnames)
 
 
 def _eval_items(
