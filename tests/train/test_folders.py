@@ -251,3 +251,74 @@ def test_damaged_classes_are_told(named_run, numbered, tmp_path, text):
     (tmp_path / "copy" / "classes.json").write_text(text)
     with pytest.raises(ValueError, match=r"classes\.json"):
         evaluate_run(tmp_path / "copy", numbered, device="cpu", progress=False)
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """Of 6 test images 2 are copies of training images; one image is in two classes."""
+    root = write_images(tmp_path / "data", {f"{s}/{c}": 3 for s in ("train", "test") for c in ("cat", "dog")})
+    shutil.copy(root / "train" / "cat" / "0.png", root / "test" / "cat" / "1.png")
+    shutil.copy(root / "train" / "dog" / "2.png", root / "test" / "dog" / "0.png")
+    shutil.copy(root / "test" / "cat" / "2.png", root / "test" / "dog" / "1.png")
+    return root
+
+
+TEST_COPIES = [["test/cat/1.png", "train/cat/0.png"], ["test/dog/0.png", "train/dog/2.png"]]
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["keep", "drop"])
+def test_the_same_image_twice(copied, tmp_path, capsys, drop):
+    out = tmp_path / "run"
+    argv = command(copied, out, "--shots", "all")
+    assert main([*argv, "--duplicates", "drop"] if drop else argv) == 0
+    said = capsys.readouterr().err
+    assert "warning: 2 images are the same file in more than one class: test/cat/2.png = test/dog/1.png; one" in said
+    assert (
+        "warning: 2 test image(s) are copies of training images: test/cat/1.png = train/cat/0.png, test/dog/0" in said
+    )
+    assert ("--duplicates drop leaves them out" in said) != drop
+    assert ("they are left out of the test" in said) == drop
+    split = split_of(out)
+    assert split["duplicates"] == {
+        "two_classes": [["test/cat/2.png", "test/dog/1.png"]],
+        "train_test": TEST_COPIES,
+        "dropped": [copy for copy, _ in TEST_COPIES] if drop else [],
+    }
+    results = json.loads((out / "results.json").read_text())
+    where = "test folder, without 2 that are copies of training images" if drop else "test folder"
+    assert (split["num_test"], results["test"]["num_images"]) == ((4, 4) if drop else (6, 6))
+    assert results["test_images_from"] == where
+    evaluation, said = evaluate_run(out, copied, device="cpu", progress=False)
+    assert (said, evaluation.num_images) == (where, 4 if drop else 6)
+    assert evaluation.class_accuracy == results["test"]["class_accuracy"]
+    (out / "results.json").unlink()
+    assert train(settings(copied, out, shots="all", duplicates="drop" if drop else "keep", resume=True))["test"]
+
+
+def test_copies_in_what_training_does_not_use(tmp_path):
+    root = write_images(tmp_path / "data", {"cat": 4, "dog": 4})
+    for name in ("cat", "dog"):
+        for i in range(4, 6):
+            shutil.copy(root / name / "0.png", root / name / f"{i}.png")
+    train(settings(root, tmp_path / "run", shots=3, duplicates="drop"))
+    split = split_of(tmp_path / "run")
+    trained = {(root / key).read_bytes() for key in split["train"]}
+    rest = {path.relative_to(root).as_posix() for path in root.glob("*/*.png")} - set(split["train"])
+    assert set(split["duplicates"]["dropped"]) == {key for key in rest if (root / key).read_bytes() in trained}
+    assert split["num_test"] == len(rest) - len(split["duplicates"]["dropped"])
+    evaluation, where = evaluate_run(tmp_path / "run", root, device="cpu", progress=False)
+    assert evaluation.num_images == split["num_test"]
+    assert where.startswith("images that training did not use, without")
+
+
+def test_a_split_of_before_duplicates_were_looked_for(copied, tmp_path):
+    out = tmp_path / "run"
+    train(settings(copied, out))
+    (out / "results.json").unlink()
+    older = {key: value for key, value in split_of(out).items() if key not in ("duplicates", "folders")}
+    (out / "split.json").write_text(json.dumps(older))
+    evaluation, where = evaluate_run(out, copied, device="cpu", progress=False)
+    assert (where, evaluation.num_images) == ("test folder", 6)
+    assert train(settings(copied, out, resume=True))["test"]["num_images"] == 6
+    with pytest.raises(ValueError, match="duplicates: 'keep' there, 'drop' here"):
+        train(settings(copied, out, resume=True, duplicates="drop"))

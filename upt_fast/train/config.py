@@ -109,6 +109,9 @@ class TrainConfig:
     on_corrupt: Literal["error", "skip"] = _option(
         "images that cannot be read: stop, or leave them out and say so", "error"
     )
+    duplicates: Literal["keep", "drop"] = _option(
+        "test images that are copies of training images: test on them all the same, or leave them out", "keep"
+    )
     final_model: Literal["last", "best"] = _option(
         "which checkpoint the final evaluation takes; the field's is last", "last"
     )

@@ -29,6 +29,7 @@ import upt_fast
 from upt_fast import choices
 from upt_fast.config import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset, derive_seed
+from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
 from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, list_folders, scan_folder
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
@@ -61,7 +62,7 @@ logger = logging.getLogger("upt_fast")
 GIB = 2**30
 CONFIG_FILE, SPLIT_FILE, METRICS_FILE, RESULTS_FILE = "config.json", "split.json", "metrics.jsonl", "results.json"
 CHOICES_FILE = "choices.json"
-LATER_KEYS = ("folders",)  # of split.json, which runs of earlier versions do not have
+LATER_KEYS = ("folders", "duplicates")  # of split.json, which runs of earlier versions do not have
 
 
 class TrainingDivergedError(RuntimeError):
@@ -89,6 +90,8 @@ class RunData:
     classnames: tuple[str, ...]
     classes: TrainedClasses
     split: FewShotSplit
+    duplicates: Duplicates
+    dropped: tuple[ImageItem, ...]
     train: AugmentedDataset
     val: ImageDataset | None
     test: ImageDataset
@@ -119,6 +122,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
     if len(listing.classnames) < 2:
         raise ValueError(f"{config.data} has 1 class, {listing.classnames[0]!r}; wanted at least 2 to tell apart")
+    duplicates = find_duplicates(split)
+    _log_duplicates(duplicates, config.duplicates == "drop")
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -126,13 +131,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if is_run(out) and (out / CHOICES_FILE).is_file():  # older runs have none
                 choices.restore(read_json(out / CHOICES_FILE))
             model = _build_model(config, listing.classnames, out, device)
-            data = _load_data(config, model, listing, split)
+            data = _load_data(config, model, listing, split, duplicates)
             return _run(config, out, model, data)
     finally:
         if made and not is_run(out):  # refused before anything was trained: leave nothing behind
             with contextlib.suppress(OSError):
                 (out / LOCK_FILE).unlink(missing_ok=True)
                 out.rmdir()
+
+
+def _log_duplicates(found: Duplicates, drop: bool) -> None:
+    advice = {
+        "two_classes": "one of the classes is wrong",
+        "train_test": "they are left out of the test" if drop else "--duplicates drop leaves them out of the test",
+    }
+    for kind, said in found.describe().items():
+        logger.warning("%s; %s", said, advice[kind])
 
 
 def _asked_names(config: TrainConfig, out: Path) -> str | None:
@@ -203,8 +217,17 @@ def _load_model(config: TrainConfig, folder: Path, device: torch.device) -> Fast
     )
 
 
-def _load_data(config: TrainConfig, model: FastPromptedCLIP, listing: FolderListing, split: FewShotSplit) -> RunData:
+def _load_data(
+    config: TrainConfig,
+    model: FastPromptedCLIP,
+    listing: FolderListing,
+    split: FewShotSplit,
+    duplicates: Duplicates,
+) -> RunData:
     """Decode every image that the run reads, and keep in memory what fits."""
+    dropped = duplicates.test_copies if config.duplicates == "drop" else ()
+    if dropped:
+        split = drop_test_copies(split, duplicates)
     load_train, transform = build_augmentation(_preprocess_cfg(model), config.augment)
     load_eval = build_eval_transform(_preprocess_cfg(model))
     limit = int(config.cache_gib * GIB)
@@ -238,6 +261,8 @@ def _load_data(config: TrainConfig, model: FastPromptedCLIP, listing: FolderList
         classnames=listing.classnames,
         classes=TrainedClasses(listing.folders, config.classes_from),
         split=split,
+        duplicates=duplicates,
+        dropped=dropped,
         train=AugmentedDataset(datasets[0], transform, config.seed),
         val=datasets[1] if len(datasets[1]) else None,
         test=datasets[2],
@@ -259,6 +284,7 @@ def _describe_split(data: RunData) -> dict[str, Any]:
         "val": [] if data.val is None else [item.key for item in data.val.items],
         "test_split": data.split.test_name,
         "num_test": len(data.test),
+        "duplicates": {**data.duplicates.keys(), "dropped": [item.key for item in data.dropped]},
     }
 
 
@@ -328,7 +354,8 @@ def _finish(
         "epoch": epoch,
         "test_images_from": {"rest": "images that training does not use"}.get(
             data.split.test_name, f"{data.split.test_name} folder"
-        ),
+        )
+        + _without(len(data.dropped)),
         "test": asdict(test),
         "best": {"epoch": state.best_epoch, "chosen_by": chosen_by, "value": value},
         "num_train": len(data.train),
@@ -637,8 +664,9 @@ def evaluate_run(
         checkpoint: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
         data: directory of images; its class folders are matched to the model's classes by the folders of training and
             by name, see :func:`upt_fast.train.classes.match_images`.
-        split: "train", "val" or "test"; None: test, else val, else train; without split folders all images, but those
-            that the run was trained on where this is the directory it was trained on.
+        split: "train", "val" or "test"; None: test, else val, else train; without split folders all images. Where this
+            is the directory that the run was trained on, images are left out that it was trained on, where there are
+            no split folders, and copies of them that the run left out of its test.
         batch_size: images per forward pass.
         num_workers: processes that load images; None: 0 on the CPU, up to 8 for a GPU.
         device: auto, cpu, cuda or cuda:N.
@@ -689,17 +717,28 @@ def class_names(
 def _eval_items(
     splits: dict[str, tuple[ImageItem, ...]], split: str | None, folder: Path, data: Path
 ) -> tuple[Sequence[ImageItem], str]:
+    run = _run_of(folder)
+    recorded: dict[str, Any] | None = None
+    if run is not None and os.path.realpath(read_json(run / CONFIG_FILE)["data"]) == os.path.realpath(data):
+        recorded = read_json(run / SPLIT_FILE)
     if ALL_IMAGES not in splits:
         chosen = split or next(name for name in ("test", "val", "train") if name in splits)
         if chosen not in splits:
             raise ValueError(f"{data} has no {chosen} folder; wanted one of {', '.join(splits)}")
-        return splits[chosen], f"{chosen} folder"
-    if split is not None:
+        items, where = splits[chosen], f"{chosen} folder"
+    elif split is not None:
         raise ValueError(f"{data} has no split folders, so there is no {split}; leave split out")
-    items = splits[ALL_IMAGES]
-    run = _run_of(folder)
-    if run is None or os.path.realpath(read_json(run / CONFIG_FILE)["data"]) != os.path.realpath(data):
-        return items, "all images"
-    trained = set(read_json(run / SPLIT_FILE)["train"])
-    rest = [item for item in items if item.key not in trained]
-    return rest, "images that training did not use"
+    else:
+        items, where = splits[ALL_IMAGES], "all images"
+        if recorded is not None:
+            trained = set(recorded["train"])
+            items = tuple(item for item in items if item.key not in trained)
+            where = "images that training did not use"
+    # older runs have looked for none
+    dropped = set(recorded.get("duplicates", {}).get("dropped", ())) if recorded else set()
+    kept = [item for item in items if item.key not in dropped]
+    return kept, where + _without(len(items) - len(kept))
+
+
+def _without(copies: int) -> str:
+    return f", without {copies} that are copies of training images" if copies else ""
