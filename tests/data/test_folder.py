@@ -131,7 +131,8 @@ def test_links_to_each_other_lead_nowhere(tmp_path):
     (root / "there").symlink_to("here")
     listing = scan_folder(root)
     assert listing.folders == ("cat", "dog")
-    assert [reason.split(":")[0] for reason in listing.broken] == [f"cannot read {root / n}" for n in ("here", "there")]
+    said = [reason.split(":")[0] for reason in listing.broken["all"]]
+    assert said == [f"cannot read {root / name}" for name in ("here", "there")]
 
 
 def test_two_groups_that_hold_each_other(tmp_path):
@@ -164,7 +165,8 @@ def test_links_that_lead_nowhere_are_told(tmp_path, place):
             read_rgb(link)
         assert not listing.broken
     else:
-        assert listing.broken == (f"cannot read {link}: the link leads to {tmp_path / 'gone'}, which is not there",)
+        said = f"cannot read {link}: the link leads to {tmp_path / 'gone'}, which is not there"
+        assert listing.broken == {"test" if place == "split" else "all": (said,)}
     assert listing.folders == (("pets/cat", "pets/dog") if place == "leaf" else ("cat", "dog"))
 
 
@@ -172,6 +174,10 @@ def test_a_root_that_leads_nowhere(tmp_path):
     (tmp_path / "data").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"the link leads to .*gone, which is not there"):
         scan_folder(tmp_path / "data")
+    make_files(tmp_path / "splits", {"test/cat": 1})
+    (tmp_path / "splits" / "train").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"no train folder; nothing to train on; cannot read .*train: the link leads"):
+        few_shot_split(scan_folder(tmp_path / "splits"), 1, seed=1)
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "cat").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"no folders.*only/cat: the link leads to .*gone"):

@@ -82,9 +82,18 @@ def test_links_that_lead_nowhere_are_as_corrupt_images(linked, tmp_path, capsys,
     assert len(results["skipped"]) == 1
     assert place in results["skipped"][0]
     assert results["num_train"] == 6
-    if place == "train/bird":
-        with pytest.raises(ValueError, match=r"1 image\(s\) cannot be read: .*train/bird: the link leads to"):
-            evaluate_run(tmp_path / "run", linked, device="cpu")
+    evaluation, _ = evaluate_run(tmp_path / "run", linked, device="cpu", progress=False)  # the test is whole
+    assert evaluation.num_images == 2
+    with pytest.raises(ValueError, match=rf"1 image\(s\) cannot be read: .*{place}: the link leads to"):
+        evaluate_run(tmp_path / "run", linked, split="train", device="cpu", progress=False)
+
+
+def test_evaluation_takes_no_other_split_for_one_that_leads_nowhere(linked, tmp_path):
+    train(settings(linked, tmp_path / "run"))
+    (linked / "test").unlink()
+    (linked / "test").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"1 image\(s\) cannot be read: .*data/test: the link leads to"):
+        evaluate_run(tmp_path / "run", linked, device="cpu", progress=False)
 
 
 def test_groups_of_classes(tmp_path, capsys):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from upt_fast.config import require_choice
@@ -56,7 +56,7 @@ class FolderListing:
         folders: the classes' folders, sorted: names, or with classes from leaves paths like "animal/cat".
         folder_links: how many class or split folders, or folders between, are links.
         image_links: how many images are links.
-        broken: of each link that leads nowhere in the place of a folder, what to say of it.
+        broken: split name -> what to say of each link that leads nowhere in the place of the split or a folder in it.
     """
 
     root: Path
@@ -65,7 +65,7 @@ class FolderListing:
     folders: tuple[str, ...] = ()
     folder_links: int = 0
     image_links: int = 0
-    broken: tuple[str, ...] = ()
+    broken: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def has_split_folders(self) -> bool:
@@ -119,7 +119,7 @@ def list_folders(root: str | Path, classes_from: str = "top") -> FolderListing:
     reader = _Reader(FolderTree(root), classes_from)
     split_folders = reader.find_splits()
     tops = split_folders or {ALL_IMAGES: reader.tree.root}
-    classes = {split: reader.class_folders(folder) for split, folder in tops.items()}
+    classes = {split: reader.class_folders(split, folder) for split, folder in tops.items()}
     known = set(classes.get("train") or (name for folders in classes.values() for name in folders))
     for split, folders in classes.items():
         if unknown := [name for name in folders if name not in known]:
@@ -139,7 +139,7 @@ def list_folders(root: str | Path, classes_from: str = "top") -> FolderListing:
         names,
         reader.folder_links + sum(folder.is_link for folder in split_folders.values()),
         reader.image_links,
-        tuple(reader.broken),
+        {split: tuple(reasons) for split, reasons in reader.broken.items()},
     )
 
 
@@ -156,7 +156,7 @@ class _Reader:
         self.tree = tree
         self.leaves = classes_from == "leaf"
         self.folder_links = self.image_links = 0
-        self.broken: list[str] = []
+        self.broken: dict[str, list[str]] = {}
 
     def find_splits(self) -> dict[str, Folder]:
         """The split folders in the root by their splits, in the order of SPLIT_FOLDERS; none where it holds classes."""
@@ -179,7 +179,9 @@ class _Reader:
             if found:
                 splits[split] = real[found[0]]
         self._check_others({name: f for name, f in contents.folders.items() if name not in real}, real, splits)
-        self._note_broken(path for path in contents.broken if split_meant(path.name))
+        for path in contents.broken:
+            if meant := split_meant(path.name):
+                self._note_broken(meant, [path])
         return splits
 
     def _holds_classes(self, folder: Folder) -> bool:
@@ -229,15 +231,15 @@ class _Reader:
                 stacklevel=5,
             )
 
-    def class_folders(self, top: Folder) -> dict[str, Folder]:
+    def class_folders(self, split: str, top: Folder) -> dict[str, Folder]:
         """Class folders of the root or of a split by name, or with leaves by their path below it."""
         contents = self.tree.contents(top)
-        self._note_broken(contents.broken)
+        self._note_broken(split, contents.broken)
         if not contents.folders:
             raise ValueError(
                 f"dataset {str(top.path)!r} has no folders; wanted one folder of images per class{self.lost()}"
             )
-        found = dict(self._leaves(top, "", {})) if self.leaves else contents.folders
+        found = self._leaves(split, top, "", {}) if self.leaves else contents.folders
         if not self.leaves:
             self._check_nested(top, found)
         if empty := [folder.path for folder in found.values() if not self.tree.contents(folder).images]:
@@ -272,7 +274,7 @@ class _Reader:
     def _inner(self, folders: Mapping[str, Folder]) -> list[str]:
         return [f"{name}/{inner}" for name, folder in folders.items() for inner in self.tree.contents(folder).folders]
 
-    def _leaves(self, folder: Folder, prefix: str, groups: dict[Path, Path]) -> dict[str, Folder]:
+    def _leaves(self, split: str, folder: Folder, prefix: str, groups: dict[Path, Path]) -> dict[str, Folder]:
         """The innermost folders below one, by their path from the split; groups: folders of folders, by real path."""
         found = {}
         for name, sub in self.tree.contents(folder).folders.items():
@@ -289,16 +291,18 @@ class _Reader:
             if other != sub.path:
                 raise ValueError(f"{other} and {sub.path} are the same folder of class folders; wanted it once")
             self.folder_links += sub.is_link
-            self._note_broken(contents.broken)
-            found |= self._leaves(sub, f"{prefix}{name}/", groups)
+            self._note_broken(split, contents.broken)
+            found |= self._leaves(split, sub, f"{prefix}{name}/", groups)
         return found
 
-    def _note_broken(self, paths: Iterable[Path]) -> None:
-        self.broken += [f"cannot read {path}: {link_target(path)}" for path in paths]
+    def _note_broken(self, split: str, paths: Sequence[Path]) -> None:
+        if paths:
+            self.broken.setdefault(split, []).extend(f"cannot read {path}: {link_target(path)}" for path in paths)
 
     def lost(self) -> str:
         """What else to say in an error: the links that lead nowhere."""
-        return f"; {shorten(self.broken)}" if self.broken else ""
+        reasons = [reason for of_split in self.broken.values() for reason in of_split]
+        return f"; {shorten(reasons)}" if reasons else ""
 
     def items(self, classes: Mapping[str, Folder], names: Sequence[str]) -> tuple[ImageItem, ...]:
         """The images of class folders, sorted by class and key."""

@@ -84,7 +84,8 @@ def few_shot_split(listing: FolderListing, shots: int | None, seed: int) -> FewS
         ValueError: there is nothing to train on or nothing left to test on.
     """
     if listing.has_split_folders and "train" not in listing.splits:
-        raise ValueError(f"{listing.root} has {', '.join(listing.splits)} but no train folder; nothing to train on")
+        why = "; ".join(("nothing to train on", *listing.broken.get("train", ())))
+        raise ValueError(f"{listing.root} has {', '.join(listing.splits)} but no train folder; {why}")
     pool = listing.splits["train" if listing.has_split_folders else ALL_IMAGES]
     train = pool if shots is None else sample_few_shot(pool, shots, seed)
     val_pool = listing.splits.get("val", ())

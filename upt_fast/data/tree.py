@@ -84,8 +84,9 @@ def _read(folder: Folder) -> Contents:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            path, is_link = folder.path / entry.name, entry.is_symlink()
+            is_link = entry.is_symlink()
             if _is_dir(entry):
+                path = folder.path / entry.name
                 real = Path(os.path.realpath(path)) if is_link else folder.way[-1] / entry.name
                 if is_link and any(above.is_relative_to(real) for above in folder.way):
                     circles.append(path)
@@ -94,8 +95,8 @@ def _read(folder: Folder) -> Contents:
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 images.append(entry.name)
                 image_links += is_link
-            elif is_link and not path.exists():
-                broken.append(path)
+            elif is_link and not os.path.exists(entry.path):
+                broken.append(folder.path / entry.name)
     return Contents(
         dict(sorted(folders.items())), tuple(sorted(images)), image_links, tuple(sorted(broken)), tuple(circles)
     )

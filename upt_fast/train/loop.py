@@ -231,7 +231,7 @@ def _load_data(
     load_train, transform = build_augmentation(_preprocess_cfg(model), config.augment)
     load_eval = build_eval_transform(_preprocess_cfg(model))
     limit = int(config.cache_gib * GIB)
-    failures: list[str] = [*listing.broken]
+    failures = [reason for reasons in listing.broken.values() for reason in reasons]
     datasets: list[ImageDataset] = []
     for name, items, load in (
         ("training", split.train, load_train),
@@ -685,13 +685,13 @@ def evaluate_run(
     classes = read_classes(folder)
     listing = list_folders(data, classes_from or (classes.classes_from if classes else "top"))
     _log_links(listing)
-    items, where = _eval_items(listing.splits, split, folder, Path(data))
+    items, where = _eval_items(listing, split, folder)
     model = load_run(folder, device, backend, method)
     matched = match_images(items, listing, classes, model.classnames, classnames)
     load = build_eval_transform(_preprocess_cfg(model))
     decoded = decode_images([item.path for item in matched.items], load, GIB, "reading images", progress)
-    if failures := [*listing.broken, *decoded.failures.values()]:
-        raise ValueError(corrupt_message(failures))
+    if decoded.failures:
+        raise ValueError(corrupt_message(list(decoded.failures.values())))
     images = None if decoded.images is None else [image for image in decoded.images if image is not None]
     workers = _num_workers(num_workers, device_of(model))
     dataset = ImageDataset(matched.items, load, images)
@@ -714,21 +714,22 @@ def class_names(
     return shown_names(read_classes(checkpoint_folder(checkpoint)), model.classnames, classnames)
 
 
-def _eval_items(
-    splits: dict[str, tuple[ImageItem, ...]], split: str | None, folder: Path, data: Path
-) -> tuple[Sequence[ImageItem], str]:
+def _eval_items(listing: FolderListing, split: str | None, folder: Path) -> tuple[Sequence[ImageItem], str]:
+    splits, data = listing.splits, listing.root
     run = _run_of(folder)
     recorded: dict[str, Any] | None = None
     if run is not None and os.path.realpath(read_json(run / CONFIG_FILE)["data"]) == os.path.realpath(data):
         recorded = read_json(run / SPLIT_FILE)
     if ALL_IMAGES not in splits:
-        chosen = split or next(name for name in ("test", "val", "train") if name in splits)
+        chosen = split or next(name for name in ("test", "val", "train") if name in splits or name in listing.broken)
+        _refuse_broken(listing, chosen)
         if chosen not in splits:
             raise ValueError(f"{data} has no {chosen} folder; wanted one of {', '.join(splits)}")
         items, where = splits[chosen], f"{chosen} folder"
     elif split is not None:
         raise ValueError(f"{data} has no split folders, so there is no {split}; leave split out")
     else:
+        _refuse_broken(listing, ALL_IMAGES)
         items, where = splits[ALL_IMAGES], "all images"
         if recorded is not None:
             trained = set(recorded["train"])
@@ -738,6 +739,11 @@ def _eval_items(
     dropped = set(recorded.get("duplicates", {}).get("dropped", ())) if recorded else set()
     kept = [item for item in items if item.key not in dropped]
     return kept, where + _without(len(items) - len(kept))
+
+
+def _refuse_broken(listing: FolderListing, split: str) -> None:
+    if reasons := listing.broken.get(split):
+        raise ValueError(corrupt_message(reasons))
 
 
 def _without(copies: int) -> str:
