@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from upt_fast.data import AUGMENTATIONS
+from upt_fast.data.folder import CLASSES_FROM
 from upt_fast.methods import BUILTIN_METHODS, find_method
 from upt_fast.towers.blocks import MEMORY_LEVELS
 from upt_fast.train import TrainConfig
@@ -51,6 +52,9 @@ REQUIRED = {"data": "d", "out": "r", "clip": "tiny-digits"}
         {"text_batch": 0},
         {"data": ""},
         {"pretrained": ""},
+        {"classnames": ""},
+        {"classes_from": "middle"},
+        {"duplicates": "all"},
     ],
     ids=str,
 )
@@ -79,6 +83,7 @@ def test_bad_options_are_named(values, message):
 def test_choices_are_those_of_the_parts():
     hints = get_type_hints(TrainConfig)
     assert get_args(hints["augment"]) == AUGMENTATIONS
+    assert get_args(hints["classes_from"]) == CLASSES_FROM
     assert get_args(hints["memory"]) == MEMORY_LEVELS
 
 
