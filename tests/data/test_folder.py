@@ -125,6 +125,15 @@ def test_circles_are_not_followed(tmp_path, classes_from, target, place):
     assert not listing.folder_links
 
 
+def test_a_circle_by_way_of_another_folder(tmp_path):
+    root = make_files(tmp_path / "root", {"cat": 1})
+    other = make_files(tmp_path / "other", {"bird": 1})
+    (root / "away").symlink_to(other)
+    (other / "back").symlink_to(root)
+    with pytest.warns(UserWarning, match=rf"1 link\(s\) lead back .* not followed: {root}/away/back$"):
+        assert scan_folder(root, "leaf").folders == ("away/bird", "cat")
+
+
 def test_links_to_each_other_lead_nowhere(tmp_path):
     root = make_files(tmp_path, {"cat": 1, "dog": 1})
     (root / "here").symlink_to("there")
@@ -182,6 +191,10 @@ def test_a_root_that_leads_nowhere(tmp_path):
     (tmp_path / "only" / "cat").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"no folders.*only/cat: the link leads to .*gone"):
         scan_folder(tmp_path / "only")
+    (tmp_path / "group" / "pets").mkdir(parents=True)
+    (tmp_path / "group" / "pets" / "cat").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"no folders.*pets/cat: the link leads to .*gone"):
+        scan_folder(tmp_path / "group", "leaf")
 
 
 @pytest.mark.parametrize(

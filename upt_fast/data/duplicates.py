@@ -79,7 +79,7 @@ def find_duplicates(split: FewShotSplit) -> Duplicates:
     return Duplicates(
         two_classes=tuple(group for group in groups if in_two_classes(group)),
         train_test=crossing,
-        test_copies=tuple(item for group in crossing for item in group if item.key in test and item.key not in train),
+        test_copies=tuple(item for group in crossing for item in group if item.key in test),
     )
 
 

@@ -235,11 +235,11 @@ class _Reader:
         """Class folders of the root or of a split by name, or with leaves by their path below it."""
         contents = self.tree.contents(top)
         self._note_broken(split, contents.broken)
-        if not contents.folders:
+        found = self._leaves(split, top, "", {}) if self.leaves else contents.folders
+        if not found:
             raise ValueError(
                 f"dataset {str(top.path)!r} has no folders; wanted one folder of images per class{self.lost()}"
             )
-        found = self._leaves(split, top, "", {}) if self.leaves else contents.folders
         if not self.leaves:
             self._check_nested(top, found)
         if empty := [folder.path for folder in found.values() if not self.tree.contents(folder).images]:
