@@ -33,6 +33,7 @@ from upt_fast.files import cache_folder, write_text
 logger = logging.getLogger("upt_fast")
 
 ROUNDS = 5  # of timing; ways that fall behind sit out the later ones
+UNSURE = 2  # of them: another process may have had the core
 BEHIND = 1.15
 WORTH = 0.97  # of the first way's time: another that takes more is not worth it
 # relative RMS of results against the first way's; ways round in other places
@@ -214,7 +215,7 @@ def _time(ways: Mapping[str, Way]) -> dict[str, float]:
     """Seconds of the fastest run of each, the ways taking turns."""
     best = dict.fromkeys(ways, float("inf"))
     for round_ in range(ROUNDS):
-        behind = BEHIND * min(best.values()) if round_ else float("inf")
+        behind = BEHIND * min(best.values()) if round_ >= UNSURE else float("inf")
         for name, way in ways.items():
             if best[name] <= behind:
                 start = time.perf_counter()
