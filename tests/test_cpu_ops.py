@@ -311,6 +311,23 @@ def test_strided_rows_and_gradients():
 
 
 @compiled
+@DTYPES
+@pytest.mark.parametrize("fill", [False, True])
+def test_softmax_of_two(dtype, fill):
+    """Each probability e^u / (1 + e^u) on its own, to the roundings of e^u and of itself, down to the smallest."""
+    needs(dtype)
+    u = torch.linspace(-80, 0, 300).to(dtype)
+    q, k, v = torch.zeros(300, 1, 2, dtype=dtype), *torch.zeros(2, 300, 2, 2, dtype=dtype)
+    q[:, 0, 0], k[:, 1, 0], v[:, 1] = 1, u, 1
+    out, lse = torch.empty_like(q), torch.empty(300)
+    torch.ops.upt_fast_cpu.attention(q, k, v, 1, fill, out, lse)
+    exact = torch.sigmoid(u.double())[:, None].expand(-1, 2)
+    unit = torch.finfo(dtype).eps / 2
+    assert ((out[:, 0] - exact).abs() <= (2 * unit + (2**-14 if dtype == torch.bfloat16 else 4 * unit)) * exact).all()
+    assert torch.allclose(lse.double(), torch.log1p(u.double().exp()), rtol=0, atol=2**-16)
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @BY_WAY
