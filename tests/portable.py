@@ -28,7 +28,7 @@ SETTINGS = (
     {"UPT_FAST_MEASURE": "1"},
     {"OMP_NUM_THREADS": "2"},
 )
-KERNELS = ("kernels",)
+KERNELS = ("kernels", "test_streams.py")
 NUMERIC = (
     "reference",
     "test_compose.py",
@@ -40,7 +40,6 @@ NUMERIC = (
     "test_model.py",
     "test_ops.py",
     "test_prompts.py",
-    "test_streams.py",
     "test_towers.py",
     "test_verify.py",
 )
