@@ -22,7 +22,7 @@ help:
 	@echo "make mutants        kernels made wrong, one operation at a time: each must be caught (about half an hour)"
 	@echo "make bench          benchmarks, default selection (about ten minutes)"
 	@echo "make bench-full     all benchmarks"
-	@echo "make check          ruff and mypy"
+	@echo "make check          ruff, mypy, and which part of the package may import which"
 	@echo "make kernel-report  registers, spills and shared memory of every kernel; needs no GPU"
 
 setup: $(VENV)/.installed
@@ -58,6 +58,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 kernel-report: setup
 	$(BIN)/python -m upt_fast.kernels.report $(ARGS)

@@ -2,7 +2,7 @@
 
 Prints, for ViT-B/16 with random weights: the rate of the best matrix product measured in the same run; FLOPs
 (upt_fast/flops.py), seconds and rate of a step and of the image tower forward and backward, by the usual ways and by
-those chosen on this machine (upt_fast/choices.py), taking turns; the share of each kind of operation in one step.
+those chosen on this machine (choices.py), taking turns; the share of each kind of operation in one step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from common import best_seconds, cost, gemm_rates, inputs, model, step
 from torch.profiler import ProfilerActivity, profile
 
-from upt_fast import choices, cpu_ops
+from upt_fast.engine.backends import choices, cpu_ops
 
 KINDS = {
     "products with what stands around them": ("upt_fast_cpu::norm_linear", "upt_fast_cpu::linear"),

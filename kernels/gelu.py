@@ -180,7 +180,7 @@ _fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def activation(u: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
-    """The activation of u (..., N) plus the frozen bias (N,), in u's dtype; kind as in upt_fast.ops.activation."""
+    """The activation of u (..., N) plus the frozen bias (N,), in u's dtype; kind as in engine.ops.activation."""
     return _fwd(u, bias, KINDS[kind])
 
 

@@ -594,7 +594,7 @@ def linear_gelu_linear(
         fc_bias: (N,).
         proj_weight: (D', N), W_2.
         proj_bias: (D',).
-        kind: as in upt_fast.ops.activation.
+        kind: as in upt_fast.engine.ops.activation.
         keep: keep u (..., N) for backward; else h alone, and backward computes u again.
     Returns:
         (..., D') in h's dtype; under autocast in autocast's.

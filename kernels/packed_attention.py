@@ -5,7 +5,7 @@
 Class names have 3 to 5 rows, so that a tile holds several whole classes of one set: their consecutive rows, and as keys
 [prefix ; the same rows], 32 in all, of which row i sees the prefix and j = first(i) ... i, first(i) being where its
 class begins. The prefix is read once per tile, where a buffer [prefix ; own rows] per class copies it for each: 2 P D
-numbers per class written, read, and summed again in backward. PackedTiles (upt_fast/layout.py) holds the division.
+numbers per class written, read, and summed again in backward. PackedTiles (engine/layout.py) holds the division.
 
 A tile has all keys of its queries and all queries of its own keys. So softmax is one pass, backward computes it again
 and keeps nothing but the inputs, and one program gives every gradient of its rows. Those of the prefix leave it as fp32
@@ -44,7 +44,7 @@ from upt_fast.kernels._attention import (
 )
 from upt_fast.kernels._launch import DTYPES, Workload, launch
 
-from upt_fast.layout import TILE_ROWS, PackedLayout, PackedTiles
+from upt_fast.engine.layout import TILE_ROWS, PackedLayout, PackedTiles
 
 TILE_HEAD_DIM = 64
 

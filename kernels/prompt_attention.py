@@ -412,7 +412,7 @@ def prefix_attention_fwd(
         prefix_k: (S, P, H, K) or None.
         prefix_v: as prefix_k.
         set_index: (B,) integers, packed (C,), or None.
-        classes: (C, 5) int32 of PackedTiles (upt_fast/layout.py), or None.
+        classes: (C, 5) int32 of PackedTiles (upt_fast/engine/layout.py), or None.
         longest: rows of the longest class; not looked at where classes is None.
     Returns:
         the output like q, and of each query's scores the largest and the sum of e^(others - it), (2, H, B Q) float32.

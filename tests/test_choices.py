@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upt_fast import choices, cpu_choices, cpu_ops, functions
+from upt_fast.engine.autograd import functions
+from upt_fast.engine.backends import choices, cpu_choices, cpu_ops
 from upt_fast.testing import build, random_clip
 
 REASON = cpu_ops.refusal(torch.float32)
@@ -130,7 +131,7 @@ def test_measuring_changes_nothing():
 
 SCRIPT = """
 import sys, time, torch
-from upt_fast import choices
+from upt_fast.engine.backends import choices
 def way(seconds):
     def run():
         time.sleep(seconds)

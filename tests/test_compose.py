@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from upt_fast import FastPromptedCLIP, FastUPT, ReferencePromptedCLIP
 from upt_fast.clip.tokens import clip_tokenizer
 from upt_fast.closeness import relative_rms
+from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.testing import random_clip, xformers_on_cpu
-from upt_fast.towers.blocks import MEMORY_LEVELS
 
 NAMES = ["cat", "golden_retriever", "hard-leaved pocket orchid"]
 SMALL = dict(embed_dim=32, image_size=16, vision_width=32, vision_head_width=16, text_width=32)

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from upt_fast.config import UPTConfig, require_choice, require_int
+from upt_fast.checks import require_choice, require_int
+from upt_fast.config import UPTConfig
 
 
 def test_defaults_and_round_trip():

@@ -12,14 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast import cpu_ops, ops
 from upt_fast.closeness import assert_rounded, relative_rms
-from upt_fast.cpu_ops import PANELS, FrozenWeight, pack
-from upt_fast.frozen_block import BlockWeights, MLPWeights
-from upt_fast.layout import PackedLayout
+from upt_fast.engine import ops
+from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
+from upt_fast.engine.backends import cpu_ops
+from upt_fast.engine.backends.cpu_ops import PANELS, FrozenWeight, pack
+from upt_fast.engine.layout import PackedLayout
+from upt_fast.engine.workspace import Workspace
 from upt_fast.reference import ops as reference
 from upt_fast.testing import build, random_clip
-from upt_fast.workspace import Workspace
 
 KINDS = ("quick_gelu", "gelu", "gelu_tanh")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -467,7 +468,7 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 import torch
 torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
-from upt_fast import cpu_ops
+from upt_fast.engine.backends import cpu_ops
 print("reason:", cpu_ops.refusal(torch.float32, 512))
 """
 
@@ -507,7 +508,7 @@ def test_they_run_where_they_can():
 
 BFLOAT16_SCRIPT = """
 import torch
-from upt_fast import cpu_ops
+from upt_fast.engine.backends import cpu_ops
 from upt_fast.closeness import relative_rms
 from upt_fast.testing import build, random_clip
 print("reason:", cpu_ops.refusal(torch.bfloat16, 256))

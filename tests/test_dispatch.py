@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from upt_fast import dispatch, ops
+from upt_fast.engine import ops
+from upt_fast.engine.backends import dispatch
 
 X = torch.randn(2, 5)
 ON_CPU = not torch.cuda.is_available()
@@ -116,9 +117,9 @@ def test_xformers_is_imported_only_where_it_could_run(monkeypatch):
 
 def test_what_xformers_refuses_is_said_with_its_reasons():
     """The package at hand refuses a CPU tensor: its own reasons come through."""
-    from upt_fast import memory_efficient
+    from upt_fast.engine.backends import xformers
 
     q = torch.randn(1, 3, 2, 8)
     with pytest.raises(ValueError, match="xformers refuses; name 'torch'") as caught:
-        memory_efficient.attention(q.cpu(), q.cpu(), q.cpu())
+        xformers.attention(q.cpu(), q.cpu(), q.cpu())
     assert "device=cpu" in str(caught.value)

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from upt_fast import FastPromptedCLIP, FastUPT, fp8, info, ops
+from upt_fast import FastPromptedCLIP, FastUPT, info
 from upt_fast.closeness import relative_rms
-from upt_fast.fp8 import Fp8Weight, quantize_rows
+from upt_fast.engine import fp8, ops
+from upt_fast.engine.fp8 import Fp8Weight, quantize_rows
+from upt_fast.engine.towers.text import TextTower
 from upt_fast.testing import build, random_clip
-from upt_fast.towers.text import TextTower
 
 CPU = torch.device("cpu")  # any processor runs it
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

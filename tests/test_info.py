@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from upt_fast import dispatch, info
+from upt_fast import info
+from upt_fast.engine.backends import dispatch
 from upt_fast.version import __version__
 
 

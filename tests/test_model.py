@@ -20,9 +20,9 @@ from upt_fast import FastUPT, ReferenceUPT, UPTConfig
 from upt_fast.clip import LoadedCLIP
 from upt_fast.clip.tokens import clip_tokenizer
 from upt_fast.closeness import max_error, relative_rms
+from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.model import LEARNER_FILE
 from upt_fast.testing import random_clip
-from upt_fast.towers.blocks import MEMORY_LEVELS
 
 NAMES = ["cat", "golden_retriever", "hard-leaved pocket orchid"]
 POSITIONS = ("end", "middle", "front")

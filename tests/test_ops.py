@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upt_fast import dispatch, ops
 from upt_fast.closeness import relative_rms
-from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.engine import ops
+from upt_fast.engine.backends import dispatch
+from upt_fast.engine.layout import BufferPlaces, PackedLayout
+from upt_fast.engine.workspace import Workspace
 from upt_fast.reference import ops as reference
-from upt_fast.workspace import Workspace
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float32"])
@@ -36,7 +37,7 @@ def backward(f, inputs, args, weights):
 
 
 def compare(name: str, inputs, *args) -> None:
-    """upt_fast.ops.<name> equals upt_fast.reference.ops.<name> in float64 on the same inputs, forward and backward."""
+    """engine.ops.<name> equals upt_fast.reference.ops.<name> in float64 on the same inputs, forward and backward."""
     got, weights = backward(getattr(ops, name), inputs, args, None)
     exact = [t.detach().double().requires_grad_(t.requires_grad) if is_float(t) else t for t in inputs]
     wanted, _ = backward(getattr(reference, name), exact, args, [w.double() for w in weights])

@@ -102,7 +102,7 @@ def test_wheel_holds_what_it_needs(wheel):
     }
     vectors = {f"upt_fast/vectors/{p.name}" for p in (package / "vectors").iterdir()}
     assert sum(name.endswith(".safetensors") for name in vectors) >= 2
-    assets = {f"upt_fast/demo/assets/{p.name}" for p in (package / "demo" / "assets").glob("*")}
+    assets = {f"upt_fast/clip/assets/{p.name}" for p in (package / "clip" / "assets").glob("*")}
     assert sources | vectors | assets <= files
     top = {name.split("/")[0] for name in files}
     assert top == {"upt_fast", f"upt_fast-{upt_fast.__version__}.dist-info"}  # neither kernels nor tests

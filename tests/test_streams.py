@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.closeness import relative_rms
-from upt_fast.layout import PackedTiles
+from upt_fast.engine.layout import PackedTiles
 from upt_fast.testing import random_clip, xformers_on_cpu
 from upt_fast.verify import run_verify
 
@@ -77,7 +77,7 @@ INSERTIONS = {"prompt_insert", "insert_shared", "stream_attention", "buffer_atte
 )
 def test_where_the_prompts_keys_and_values_are(backend, used, unused, monkeypatch):
     """The kernels read them in place; beside xformers they are inserted."""
-    from upt_fast import ops
+    from upt_fast.engine import ops
 
     called = dict.fromkeys(used | unused, 0)
 
@@ -138,8 +138,8 @@ def test_prompt_sets(sets):
     """Each image and each class meets its own set's prompts, as if every set ran alone."""
     from upt_fast.clip.open_clip import frozen_clip
     from upt_fast.clip.tokens import tokenize_classnames
-    from upt_fast.towers.text import TextTower
-    from upt_fast.towers.vision import VisionTower
+    from upt_fast.engine.towers.text import TextTower
+    from upt_fast.engine.towers.vision import VisionTower
 
     clip = frozen_clip(random_clip().double().to(DEVICE))
     prompts = torch.randn(sets, 2, 3, clip.vision.width, dtype=torch.float64, device=DEVICE, requires_grad=True)

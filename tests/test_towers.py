@@ -8,9 +8,9 @@ import torch
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import tokenize_classnames
 from upt_fast.closeness import relative_rms
+from upt_fast.engine.towers import TextTower, VisionTower
+from upt_fast.engine.towers.blocks import MEMORY_LEVELS, FrozenBlocks, fold_norm
 from upt_fast.testing import random_clip
-from upt_fast.towers import TextTower, VisionTower
-from upt_fast.towers.blocks import MEMORY_LEVELS, FrozenBlocks, fold_norm
 
 NAMES = ["cat", "hard-leaved pocket orchid", "dog", "Boeing 747-400", "cat", "snow leopard"]
 POSITIONS = ("end", "middle", "front")

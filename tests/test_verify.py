@@ -10,8 +10,8 @@ import torch
 import upt_fast.verify
 from upt_fast import FastUPT, UPTConfig
 from upt_fast.closeness import max_error, relative_rms
+from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.files import load_safetensors
-from upt_fast.fp8 import Fp8Weight
 from upt_fast.testing import write_vectors
 from upt_fast.verify import DTYPES, TOLERANCES, measure, run_verify
 

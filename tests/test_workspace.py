@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast import FastUPT, ReferenceUPT, functions, ops, workspace
+from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.closeness import relative_rms
+from upt_fast.engine import ops, workspace
+from upt_fast.engine.autograd import functions
+from upt_fast.engine.workspace import MemoryPool, Workspace, pieces
 from upt_fast.testing import random_clip
-from upt_fast.workspace import MemoryPool, Workspace, pieces
 
 LIKE = torch.empty(0)
 

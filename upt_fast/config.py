@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from math import gcd
 from typing import Any, TypeVar
 
+from upt_fast.checks import require_bool, require_choice, require_int
+
 PRESETS = ("paper", "released")
 CLASS_TOKEN_POSITIONS = ("end", "middle", "front")
 FOLDER_NAMES = "folders"  # classnames of who wants the class folders' own names, whatever they are
@@ -26,24 +28,6 @@ IMAGENET_SELECT = (
 TEMPLATES: dict[str, tuple[str, ...]] = {"default": (DEFAULT_TEMPLATE,), "imagenet_select": IMAGENET_SELECT}
 
 C = TypeVar("C", bound="MethodConfig")
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless value is one of choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; wanted one of {', '.join(map(repr, choices))}")
-
-
-def require_int(name: str, value: object, minimum: int) -> None:
-    """Raise a ValueError unless value is an int of at least minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r}; wanted a whole number of at least {minimum}")
-
-
-def require_bool(name: str, value: object) -> None:
-    """Raise a ValueError unless value is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}; wanted True or False")
 
 
 def require_words(name: str, value: object) -> None:

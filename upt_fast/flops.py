@@ -28,15 +28,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from upt_fast.checks import require_int
 from upt_fast.clip.frozen import FrozenBlock, FrozenCLIP
 from upt_fast.clip.loading import TINY_CLIP_NAME
 from upt_fast.clip.open_clip import frozen_clip, refuse
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template
-from upt_fast.config import MethodConfig, require_int
+from upt_fast.config import MethodConfig
+from upt_fast.engine.towers import PackedClasses, TextTower
 from upt_fast.methods import Method, find_method, list_methods
 from upt_fast.model import TEXT_BYTES
 from upt_fast.prompts import LearnerSetting, PromptLearner, Prompts
-from upt_fast.towers import PackedClasses, TextTower
 
 
 @dataclass(frozen=True)
@@ -349,7 +350,7 @@ def clip_without_weights(name: str) -> tuple[FrozenCLIP, Tokenizer | None]:
         ValueError: no such name, or a CLIP that the engine does not compute.
     """
     if name == TINY_CLIP_NAME:
-        from upt_fast.demo.tiny_clip import build_tiny_clip, load_tiny_tokenizer
+        from upt_fast.clip.tiny_clip import build_tiny_clip, load_tiny_tokenizer
 
         with torch.device("meta"):
             tiny = build_tiny_clip()

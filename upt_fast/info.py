@@ -15,7 +15,8 @@ def collect() -> dict[str, Any]:
     """Everything the command shows, as plain values."""
     import torch
 
-    from upt_fast import choices, cpu_ops, dispatch, fp8
+    from upt_fast.engine import fp8
+    from upt_fast.engine.backends import choices, cpu_ops, dispatch
     from upt_fast.version import __version__
 
     devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]

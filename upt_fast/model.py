@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import dispatch, fp8, functions, ops
+from upt_fast.checks import require_choice, require_int
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu
@@ -29,15 +29,18 @@ from upt_fast.clip.tokens import (
     tokenize_words,
 )
 from upt_fast.clip.weights import ACTIVATION_TITLES
-from upt_fast.config import MethodConfig, UPTConfig, require_choice, require_int
-from upt_fast.graphs import GraphedStep
-from upt_fast.memory import peak
+from upt_fast.config import MethodConfig, UPTConfig
+from upt_fast.engine import fp8, ops
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.backends import dispatch
+from upt_fast.engine.graphs import GraphedStep
+from upt_fast.engine.memory import peak
+from upt_fast.engine.towers.blocks import MEMORY_LEVELS
+from upt_fast.engine.towers.packing import PackedClasses
+from upt_fast.engine.towers.text import TextTower
+from upt_fast.engine.towers.vision import VisionTower
 from upt_fast.methods import Method, find_method, list_methods
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
-from upt_fast.towers.blocks import MEMORY_LEVELS
-from upt_fast.towers.packing import PackedClasses
-from upt_fast.towers.text import TextTower
-from upt_fast.towers.vision import VisionTower
 
 logger = logging.getLogger("upt_fast")
 
@@ -73,10 +76,10 @@ class FastPromptedCLIP(nn.Module):
         config: all of the method's options at once, instead of the keywords.
         dtype: of the frozen towers, "fp32", "bf16", "fp16", "fp64" or PyTorch's; None: clip_model's. The learner and
             all reductions stay in float32 beside half precision. "fp8": as "bf16", but the products of the blocks with
-            their frozen weights take both factors in float8_e4m3fn (upt_fast/fp8.py); not exact, about 4 % off in each.
+            their frozen weights take both factors in float8_e4m3fn (engine/fp8.py); not exact, about 4 % off in each.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
         backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
-            "triton,xformers", which never fall back (upt_fast/dispatch.py).
+            "triton,xformers", which never fall back (upt_fast/engine/backends/dispatch.py).
         text_batch: for methods whose texts depend on the image: images whose texts run at once; more are computed
             group by group, and again in backward. None: as many as need 512 MiB.
         options: the fields of the method's config (upt_fast/config.py).
@@ -129,7 +132,7 @@ class FastPromptedCLIP(nn.Module):
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
-        if functions.has_data(*self.prompt_learner.parameters()):
+        if composing.has_data(*self.prompt_learner.parameters()):
             self.prompt_learner.to(clip.device, scalars)
         else:
             meta = clip.device.type == "meta" or any(p.is_meta for p in self.prompt_learner.parameters())
@@ -150,7 +153,12 @@ class FastPromptedCLIP(nn.Module):
     packed: nn.ModuleList  # of PackedClasses, one for each template or one
     logit_scale: Tensor  # ()
     logit_bias: Tensor | None  # ()
-    text_stream: torch.cuda.Stream | None = None  # upt_fast/graphs.py
+    text_stream: torch.cuda.Stream | None = None  # upt_fast/engine/graphs.py
+
+    @property
+    def texts_by_image(self) -> bool:
+        """Whether class features depend on the images."""
+        return self.prompt_learner.by_image
 
     def set_classnames(self, classnames: Iterable[str]) -> None:
         """Replace the classes; the prompts stay as they are.
@@ -271,7 +279,7 @@ class FastPromptedCLIP(nn.Module):
     def predict_peak_memory(self, batch_size: int) -> int:
         """Bytes that a training step is going to need at its peak, beside the weights and the images.
 
-        By a formula (upt_fast/memory.py) that holds to within 15 % for tensors alive; what the allocator holds back,
+        By a formula (engine/memory.py) that holds to within 15 % for tensors alive; what the allocator holds back,
         and on a GPU the workspaces of its libraries, come on top.
 
         Args:
@@ -366,15 +374,15 @@ class FastPromptedCLIP(nn.Module):
     def _class_features(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
         if self.prompt_learner.templates is not None:
-            if self._fixed_features is None and functions.composes():  # what a transform sees is not to be kept
+            if self._fixed_features is None and composing.composes():  # what a transform sees is not to be kept
                 return self._encode_templates()
             if self._fixed_features is None:
                 self._fixed_features = self._encode_templates()
             return self._fixed_features
         parameters = list(self.prompt_learner.parameters())
-        if self.training or torch.is_grad_enabled() or functions.autocasts(self.logit_scale.device.type):
+        if self.training or torch.is_grad_enabled() or composing.autocasts(self.logit_scale.device.type):
             return self._encode_classes(prompts)
-        if functions.composes(self.logit_scale, *parameters):
+        if composing.composes(self.logit_scale, *parameters):
             return self._encode_classes(prompts)
         # compared by value: a write through .data, which leaves no trace in version counters, is seen too
         if self._text_cache is not None:
@@ -389,7 +397,7 @@ class FastPromptedCLIP(nn.Module):
         """(C, e) features of the fixed texts; of several templates the mean of the normalised ones."""
         # kept from one call to the next: plain tensors in the CLIP's own precision wherever the first call is
         device = self.logit_scale.device.type
-        precision = torch.autocast(device, enabled=False) if functions.autocasts(device) else contextlib.nullcontext()
+        precision = torch.autocast(device, enabled=False) if composing.autocasts(device) else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), precision:
             features = [self.text_tower(None, packed) for packed in self.packed]
             if len(features) == 1:
@@ -411,7 +419,7 @@ class FastPromptedCLIP(nn.Module):
         group = self._group(len(text))
         if len(text) <= group:
             return self._logits_of_group(text, image_features)
-        again = torch.is_grad_enabled() and text.requires_grad and not functions.composes(text)
+        again = torch.is_grad_enabled() and text.requires_grad and not composing.composes(text)
         return torch.cat(
             [
                 checkpoint(self._logits_of_group, *part, use_reentrant=False, preserve_rng_state=False)
@@ -634,7 +642,7 @@ class FastUPT(FastPromptedCLIP):
         config: all of UPT's options at once, instead of the keywords.
         dtype: dtype of the frozen towers; None: clip_model's.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
-        backend: "auto", "torch", "triton", "xformers" or "triton,xformers" (upt_fast/dispatch.py).
+        backend: "auto", "torch", "triton", "xformers" or "triton,xformers" (upt_fast/engine/backends/dispatch.py).
         options: the fields of :class:`UPTConfig`: preset, n_text, n_visual, depth_text, depth_vision,
             class_token_position, attention_heads, dropout; transform, shared, joint, layerwise for the ablations.
     Raises:

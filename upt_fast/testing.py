@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import memory_efficient
 from upt_fast.clip.tokens import ClassTokens, tokenize_words
 from upt_fast.config import MethodConfig, UPTConfig
+from upt_fast.engine.backends import xformers
 from upt_fast.files import load_safetensors
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
@@ -37,12 +37,12 @@ def xformers_on_cpu() -> Iterator[list[str]]:
         mask = None if bias is None else bias.materialize((q.shape[2], k.shape[2]), dtype=q.dtype, device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)
 
-    kept = memory_efficient.devices, memory_efficient.call
-    memory_efficient.devices, memory_efficient.call = ("cuda", "cpu"), attend
+    kept = xformers.devices, xformers.call
+    xformers.devices, xformers.call = ("cuda", "cpu"), attend
     try:
         yield calls
     finally:
-        memory_efficient.devices, memory_efficient.call = kept
+        xformers.devices, xformers.call = kept
 
 
 def random_clip(

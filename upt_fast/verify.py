@@ -25,14 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast import fp8
+from upt_fast.checks import require_choice
 from upt_fast.closeness import max_error, relative_rms
-from upt_fast.config import require_choice
+from upt_fast.engine import fp8
 from upt_fast.files import load_safetensors
 from upt_fast.methods import find_method, list_methods
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.reference import ReferencePromptedCLIP
 from upt_fast.reference.zeroshot import ReferenceZeroShot
+from upt_fast.released.options import FILE_METHODS, RELEASED_OPTIONS
 from upt_fast.testing import golden_clip
 
 DTYPES = {
@@ -84,44 +85,6 @@ class Errors:
         return f"outputs {self.outputs:.1e} gradients {self.gradients:.1e}"
 
 
-# names of files' methods -> our method; the first that a name starts with
-FILE_METHODS = {
-    "upt": "upt",
-    "cocoop": "cocoop",
-    "coop": "coop",
-    "vpt_deep": "vpt_deep",
-    "vpt": "vpt_shallow",
-    "maple": "maple",
-    "ivlp": "ivlp",
-    "mvpt": "mvpt",
-    "zsclip": "zeroshot",
-    "zeroshot": "zeroshot",
-}
-# options of the released code -> ours, by method
-RELEASED_OPTIONS: dict[str, dict[str, str]] = {
-    "upt": {"CLASS_TOKEN_POSITION": "class_token_position"},
-    "coop": {
-        "N_CTX": "n_ctx",
-        "CTX_INIT": "ctx_init",
-        "CSC": "class_specific",
-        "CLASS_TOKEN_POSITION": "class_token_position",
-    },
-    "cocoop": {"N_CTX": "n_ctx", "CTX_INIT": "ctx_init"},
-    "vpt_shallow": {"N_CTX": "n_ctx"},
-    "vpt_deep": {"N_CTX": "n_ctx"},
-    "maple": {"N_CTX": "n_ctx", "CTX_INIT": "ctx_init", "PROMPT_DEPTH": "depth"},
-    "ivlp": {
-        "N_CTX_TEXT": "n_text",
-        "N_CTX_VISION": "n_visual",
-        "CTX_INIT": "ctx_init",
-        "PROMPT_DEPTH_TEXT": "depth_text",
-        "PROMPT_DEPTH_VISION": "depth_vision",
-    },
-    "mvpt": {"N_CTX_VISION": "n_ctx", "PROMPT_DEPTH_VISION": "depth"},
-    "zeroshot": {},
-}
-
-
 def method_of(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
     """The method of a file and its options, or None where the method is not known.
 
@@ -151,7 +114,7 @@ def method_of(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str,
 def run_verify(directory: Path | None, device: str = "cpu", dtype: str = "float64", backend: str = "auto") -> int:
     """Check every file of a directory whose method is supported, print a line for each and a summary.
 
-    fp8 (upt_fast/fp8.py) is no exact mode: its errors are reported, with their ratio to those of the reference in
+    fp8 (engine/fp8.py) is no exact mode: its errors are reported, with their ratio to those of the reference in
     bfloat16, and only a ratio beyond 16 over all files fails. That is the largest to be had by rounding: e4m3 rounds to
     4 significant bits, off by at most 2^-4, bfloat16 to 8, off by at most 2^-8; both factors of a product are rounded,
     and both are in the reference too, since it holds its weights and every product's input in bfloat16. So each error

@@ -16,7 +16,8 @@ from gpu.machine import Machine
 from gpu.record import Skipped
 from torch import Tensor, nn
 
-from upt_fast import FastUPT, ReferenceUPT, dispatch
+from upt_fast import FastUPT, ReferenceUPT
+from upt_fast.engine.backends import dispatch
 from upt_fast.testing import TruncatedUPT, bench_classnames, random_clip
 
 _B16 = dict(embed_dim=512, image_size=224, patch_size=16, vision_layers=12, vision_width=768)

@@ -13,10 +13,10 @@ from gpu.machine import set_precision
 from gpu.models import NAME_LENGTHS
 from torch import Tensor
 
-from upt_fast import ops
 from upt_fast.closeness import excesses, relative_rms
 from upt_fast.config import UPTConfig
-from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.engine import ops
+from upt_fast.engine.layout import BufferPlaces, PackedLayout
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
 
@@ -69,7 +69,7 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: its name in upt_fast.ops.
+        op: its name in upt_fast.engine.ops.
         kernel: the file in kernels/ that has it; "" where none does.
         name: of the shape.
         make: see Make.

@@ -11,7 +11,7 @@ from gpu.models import Clips, compiled, require
 from gpu.op_cases import Bound, Case, errors, small_cases, training_cases
 from gpu.record import Task
 
-from upt_fast import dispatch
+from upt_fast.engine.backends import dispatch
 
 
 def measure(machine: Machine, case: Case, dtype: torch.dtype, provider: str) -> dict[str, Any]:

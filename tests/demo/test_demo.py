@@ -17,10 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from upt_fast.demo import choose_lr, digits, pretrain, report
-from upt_fast.demo.methods import ALL_METHODS, DEFAULT_METHODS, DEMO_METHODS
-from upt_fast.demo.run import run_demo, zero_shot_logits
-from upt_fast.demo.tiny_clip import (
+from upt_fast.clip.tiny_clip import (
     VOCABULARY_FILE,
     WEIGHTS_FILE,
     build_tiny_clip,
@@ -28,6 +25,9 @@ from upt_fast.demo.tiny_clip import (
     load_tiny_tokenizer,
     read_tiny_clip_metadata,
 )
+from upt_fast.demo import choose_lr, digits, pretrain, report
+from upt_fast.demo.methods import ALL_METHODS, DEFAULT_METHODS, DEMO_METHODS
+from upt_fast.demo.run import run_demo, zero_shot_logits
 from upt_fast.demo.training import DemoConfig, Training, accuracy_of, load_digits, predict, run_trainings
 
 ASSETS = files("upt_fast.demo") / "assets"

@@ -19,7 +19,7 @@ from upt_fast.kernels import (
 )
 from upt_fast.kernels._launch import Launch, launch, record, row_tile, rows_of
 
-from upt_fast import dispatch
+from upt_fast.engine.backends import dispatch
 
 META = torch.empty(6, 40, device="meta")
 

@@ -7,8 +7,8 @@ import torch
 from upt_fast.kernels import prompt_attention as kernel
 from upt_fast.kernels._attention import dot_settings
 
-from upt_fast import ops
 from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

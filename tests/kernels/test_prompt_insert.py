@@ -8,9 +8,9 @@ import torch
 from upt_fast.kernels import _launch
 from upt_fast.kernels import prompt_insert as kernel
 
-from upt_fast import ops
 from upt_fast.closeness import assert_rounded, relative_rms
-from upt_fast.layout import BufferPlaces, PackedLayout
+from upt_fast.engine import ops
+from upt_fast.engine.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

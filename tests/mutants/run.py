@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 1200.0
 LOADED = """
 import torch, upt_fast.kernels
-from upt_fast import cpu_ops
+from upt_fast.engine.backends import cpu_ops
 print(upt_fast.kernels.__file__)
 print(cpu_ops.refusal(torch.float32))
 """

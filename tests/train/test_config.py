@@ -9,8 +9,8 @@ import pytest
 
 from upt_fast.data import AUGMENTATIONS
 from upt_fast.data.folder import CLASSES_FROM
+from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.methods import BUILTIN_METHODS, find_method
-from upt_fast.towers.blocks import MEMORY_LEVELS
 from upt_fast.train import TrainConfig
 from upt_fast.train.options import docstring_args, option_help, option_types
 

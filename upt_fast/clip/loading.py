@@ -69,7 +69,7 @@ def load_clip(
     if name == TINY_CLIP_NAME:
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}; {TINY_CLIP_NAME} brings its own weights: leave it out")
-        from upt_fast.demo.tiny_clip import load_tiny_clip
+        from upt_fast.clip.tiny_clip import load_tiny_clip
 
         model, tokenizer, preprocess_cfg = load_tiny_clip(precision=precision, device=device)
         if quick_gelu not in (None, has_quick_gelu(model)):

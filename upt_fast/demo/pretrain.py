@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upt_fast.clip.tiny_clip import MEAN, METADATA_KEY, STD, build_tiny_clip, limited_threads, load_tiny_tokenizer
 from upt_fast.demo.digits import (
     CLASS_NAMES,
     INK_COLOURS,
@@ -37,7 +38,6 @@ from upt_fast.demo.digits import (
     split_indices,
     to_model_input,
 )
-from upt_fast.demo.tiny_clip import MEAN, METADATA_KEY, STD, build_tiny_clip, limited_threads, load_tiny_tokenizer
 from upt_fast.files import atomic_path
 
 TEMPLATES = (

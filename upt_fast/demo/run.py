@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upt_fast.clip.tiny_clip import MEAN, STD, TINY_CLIP_NAME, limited_threads
 from upt_fast.demo.digits import CLASS_NAMES, load_split, to_model_input
 from upt_fast.demo.methods import DEFAULT_METHODS, DEMO_METHODS, TEMPLATE
 from upt_fast.demo.report import compare_with_unimodal, format_comparison, format_table, plot_accuracy, plot_samples
-from upt_fast.demo.tiny_clip import MEAN, STD, TINY_CLIP_NAME, limited_threads
 from upt_fast.demo.training import (
     DOMAIN,
     DemoConfig,

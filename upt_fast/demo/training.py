@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.loading import LoadedCLIP, load_clip
+from upt_fast.clip.tiny_clip import MEAN, STD, TINY_CLIP_NAME, limited_threads
 from upt_fast.demo.digits import CLASS_NAMES, TRAIN_PER_CLASS, load_split, sample_shots, to_model_input
 from upt_fast.demo.methods import DEFAULT_METHODS, DEMO_METHODS, demo_methods
-from upt_fast.demo.tiny_clip import MEAN, STD, TINY_CLIP_NAME, limited_threads
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.schedule import WarmupCosineLR

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import dispatch
 from upt_fast.config import UPTConfig
+from upt_fast.engine.backends import dispatch
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upt_fast.checks import require_choice
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_words
-from upt_fast.config import MethodConfig, require_choice
+from upt_fast.config import MethodConfig
 
 if TYPE_CHECKING:
     from typing import Self
@@ -27,6 +28,9 @@ class Prompts(NamedTuple):
 
     text: Sequence[Tensor] = ()  # each (n_text, d), or (C, n_text, d) with prompts of each class's own
     visual: Sequence[Tensor] = ()  # each (n_visual, w)
+
+
+TWINS: dict[str, type[ReferencePromptedCLIP]] = {}  # by the name of the method, from reference/model.py
 
 
 class ReferencePromptedCLIP(nn.Module):
@@ -64,10 +68,8 @@ class ReferencePromptedCLIP(nn.Module):
     def __new__(cls, *args: Any, method: str = "upt", **options: Any) -> Self:
         if cls is not ReferencePromptedCLIP:
             return super().__new__(cls)
-        from upt_fast.reference.model import METHODS
-
-        require_choice("method", method, tuple(METHODS))
-        return super().__new__(METHODS[method].reference)  # type: ignore[return-value]
+        require_choice("method", method, tuple(TWINS))
+        return super().__new__(TWINS[method])  # type: ignore[return-value]
 
     def __init__(
         self,

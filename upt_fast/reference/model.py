@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from upt_fast.config import MethodConfig
-from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
+from upt_fast.reference.base import TWINS, Prompts, ReferencePromptedCLIP
 from upt_fast.reference.cocoop import ReferenceCoCoOp
 from upt_fast.reference.coop import ReferenceCoOp
 from upt_fast.reference.ivlp import ReferenceIVLP, ReferenceMVPT
@@ -41,3 +41,4 @@ METHODS: dict[str, Method] = {
         ReferenceZeroShot,
     )
 }
+TWINS.update({name: found.reference for name, found in METHODS.items()})

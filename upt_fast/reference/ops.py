@@ -1,16 +1,17 @@
-"""The engine's operations (upt_fast/ops.py), each in a few lines to be read: same names, same
+"""The engine's operations (upt_fast/engine/ops.py), each in a few lines to be read: same names, same
 arguments but for what only steers memory."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast.layout import BufferPlaces, PackedLayout
+if TYPE_CHECKING:
+    from upt_fast.engine.layout import BufferPlaces, PackedLayout
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:

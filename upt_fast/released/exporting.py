@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from upt_fast.config import DEFAULT_TEMPLATE, UPTConfig, ZeroShotConfig, require_int
+from upt_fast.checks import require_int
+from upt_fast.config import DEFAULT_TEMPLATE, UPTConfig, ZeroShotConfig
 from upt_fast.files import atomic_path
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.released.file import LEARNER_ONLY, PREFIX, RELEASES
 from upt_fast.released.infer import infer_options
-from upt_fast.verify import RELEASED_OPTIONS
+from upt_fast.released.options import RELEASED_OPTIONS
 
 
 def export_checkpoint(model: FastPromptedCLIP, path: str | os.PathLike[str], epoch: int = 1) -> Path:

@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from upt_fast.config import FOLDER_NAMES, MethodConfig, require_choice, require_int
+from upt_fast.checks import require_choice, require_int
+from upt_fast.config import FOLDER_NAMES, MethodConfig
 from upt_fast.methods import Method, find_method
 
 # what may change between a run and its resumption: where things are and how they are computed, not what is computed

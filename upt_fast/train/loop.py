@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import upt_fast
-from upt_fast import choices
 from upt_fast.config import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset, derive_seed
 from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
@@ -35,8 +34,9 @@ from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, build_normalize
 from upt_fast.data.tree import shorten
+from upt_fast.engine.backends import choices
+from upt_fast.engine.graphs import NOT_YET
 from upt_fast.files import write_text
-from upt_fast.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.checkpoint import (
     LOCK_FILE,

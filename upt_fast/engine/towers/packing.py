@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from upt_fast import functions
 from upt_fast.clip.tokens import ClassTokens, real_numbers
-from upt_fast.layout import BufferPlaces, PackedLayout, PackedTiles
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
 
 
 class PackedClasses(nn.Module):
@@ -130,7 +130,7 @@ class PackedClasses(nn.Module):
         if sets == 1:
             return self
         # a compiled graph keeps them; what a transform sees is not to be kept
-        if torch.compiler.is_compiling() or functions.composes(self.rows):
+        if torch.compiler.is_compiling() or composing.composes(self.rows):
             return self._repeat(sets, with_places)
         if sets not in self._repeated:
             if len(self._repeated) > 1:

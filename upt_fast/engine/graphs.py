@@ -13,19 +13,36 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast.config import require_int
-
-if TYPE_CHECKING:
-    from upt_fast.model import FastPromptedCLIP
+from upt_fast.checks import require_int
 
 REPLAYS = 10  # of each way to lay a step out, when they are timed
 NOT_YET = "the first steps run eagerly"
+
+
+class Trained(Protocol):
+    """A model whose steps are captured."""
+
+    training: bool
+    logit_scale: Tensor
+    text_stream: torch.cuda.Stream | None
+
+    @property
+    def packed(self) -> Any:
+        """The classes of today; other ones are another graph."""
+
+    @property
+    def texts_by_image(self) -> bool:
+        """Whether class features depend on the images, so that the towers cannot run side by side."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
 class CudaGraph:
@@ -62,7 +79,7 @@ class GraphedStep:
 
     def __init__(
         self,
-        model: FastPromptedCLIP,
+        model: Trained,
         optimizer: torch.optim.Optimizer,
         batch_size: int,
         scaler: torch.amp.GradScaler | None = None,
@@ -201,7 +218,7 @@ class GraphedStep:
     def _best_graph(self) -> CudaGraph:
         """With the text tower beside the image tower, or behind it, whichever is asked for or faster."""
         # texts that depend on the image features cannot run beside them
-        ways = [False] if self.model.prompt_learner.by_image else [False, True]
+        ways = [False] if self.model.texts_by_image else [False, True]
         if self._asked_streams is not None:
             ways = [self._asked_streams and len(ways) > 1]
         found = [(self._record(two_streams), two_streams) for two_streams in ways]

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from upt_fast import choices, cpu_ops
-from upt_fast.cpu_ops import ACTIVATIONS, PANELS, pack
+from upt_fast.engine.backends import choices, cpu_ops
+from upt_fast.engine.backends.cpu_ops import ACTIVATIONS, PANELS, pack
 
 EPS = 1e-5
 # a weight's name -> the operations that it is a factor of, forward and backward

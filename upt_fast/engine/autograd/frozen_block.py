@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast import cpu_ops
-from upt_fast.cpu_ops import FrozenWeight
-from upt_fast.functions import fast_backward, product, sum_by_set
-from upt_fast.workspace import Workspace, pieces
+from upt_fast.engine.autograd.composing import fast_backward
+from upt_fast.engine.autograd.functions import product, sum_by_set
+from upt_fast.engine.backends import cpu_ops
+from upt_fast.engine.backends.cpu_ops import FrozenWeight
+from upt_fast.engine.workspace import Workspace, pieces
 
 
 class MLPWeights(NamedTuple):
@@ -301,7 +302,7 @@ class NormLinear(torch.autograd.Function):
 
 
 class LinearResidual(torch.autograd.Function):
-    """See upt_fast.ops.linear_residual; with packed weights."""
+    """See upt_fast.engine.ops.linear_residual; with packed weights."""
 
     @staticmethod
     def forward(ctx, x, y, weight, bias):  # type: ignore[no-untyped-def]
@@ -323,7 +324,7 @@ class LinearResidual(torch.autograd.Function):
 
 
 class PackedAttention(torch.autograd.Function):
-    """See upt_fast.ops.packed_attention; the compiled operation, which keeps no probabilities."""
+    """See upt_fast.engine.ops.packed_attention; the compiled operation, which keeps no probabilities."""
 
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, layout):  # type: ignore[no-untyped-def]
@@ -348,7 +349,7 @@ class PackedAttention(torch.autograd.Function):
 
 
 class MLP(torch.autograd.Function):
-    """See upt_fast.ops.mlp."""
+    """See upt_fast.engine.ops.mlp."""
 
     @staticmethod
     def forward(ctx, x, weights, recompute, given, layer):  # type: ignore[no-untyped-def]
@@ -373,7 +374,7 @@ class MLP(torch.autograd.Function):
 
 
 class Block(torch.autograd.Function):
-    """See upt_fast.ops.block."""
+    """See upt_fast.engine.ops.block."""
 
     @staticmethod
     def forward(ctx, x, prefix_k, prefix_v, set_index, weights, memory, given, layer):  # type: ignore[no-untyped-def]

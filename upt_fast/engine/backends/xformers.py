@@ -5,12 +5,16 @@ xformers is imported at the first call: it is optional, and its import takes lon
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from upt_fast.layout import PackedLayout
+from upt_fast.engine.layout import PackedLayout
 
 # kinds of devices it runs on; testing.xformers_on_cpu adds "cpu" and replaces `call` by an exact stand-in
 devices: tuple[str, ...] = ("cuda",)
@@ -36,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def buffer_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int) -> Tensor:
-    """See upt_fast.ops.buffer_attention."""
+    """See upt_fast.engine.ops.buffer_attention."""
     num_queries = None if q.shape[0] == layout.num_rows else 1
     return call(q[None], k[None], v[None], _causal_bias(layout, prefix, num_queries, str(q.device)))[0]
 
@@ -52,8 +56,20 @@ def _causal_bias(layout: PackedLayout, prefix: int, num_queries: int | None, dev
 
 
 def _operations() -> Any:
-    from upt_fast.dispatch import quiet_import
-
     with quiet_import():
         import xformers.ops
     return xformers.ops
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Import without the imported package's warnings: xformers logs which of its own extensions do not load."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

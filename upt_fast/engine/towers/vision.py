@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import functions, ops
 from upt_fast.clip.frozen import FrozenVision
-from upt_fast.memory import Need, tower_need
-from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
-from upt_fast.workspace import Workspace
+from upt_fast.engine import ops
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.memory import Need, tower_need
+from upt_fast.engine.towers.blocks import FrozenBlocks, FrozenHead
+from upt_fast.engine.workspace import Workspace
 
 
 class VisionTower(nn.Module):
@@ -67,7 +68,7 @@ class VisionTower(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 1 + G, w) rows that enter layer 0: class token and patches of images (B, 3, H, W)."""
         # a constant of the images: without a graph, unless the caller differentiates with respect to them
-        wanted = images.requires_grad or functions.composes(images)  # under a transform no tensor tells
+        wanted = images.requires_grad or composing.composes(images)  # under a transform no tensor tells
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             patches = F.conv2d(
                 images.to(self.conv_weight.dtype), self.conv_weight, self.conv_bias, self.conv_weight.shape[2:]
@@ -103,10 +104,10 @@ class VisionTower(nn.Module):
                 f"images of {images.dtype}; wanted floating-point images normalised with the CLIP's mean and std"
             )
         features = functools.partial(self._features, set_index=set_index, after_ln_pre=after_ln_pre)
-        return functions.twice_differentiable(features, images, prompts)
+        return composing.twice_differentiable(features, images, prompts)
 
     def _features(self, images: Tensor, prompts: Tensor | None, set_index: Tensor | None, after_ln_pre: bool) -> Tensor:
-        if functions.composes(images, self.class_row):
+        if composing.composes(images, self.class_row):
             self.blocks.check_composes()
         x = self.embed(images)
         prompts = x.new_empty(1, 1, 0, x.shape[2]) if prompts is None else prompts.to(x.dtype)
@@ -118,7 +119,7 @@ class VisionTower(nn.Module):
         return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
 
     def need(self, batch_size: int, length: int, depth: int, backward: bool) -> Need:
-        """Memory of a step's pass; see upt_fast/memory.py.
+        """Memory of a step's pass; see upt_fast/engine/memory.py.
 
         Args:
             batch_size: B images.

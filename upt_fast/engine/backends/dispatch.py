@@ -10,19 +10,15 @@ comes from the argument, else from the environment variable UPT_FAST_BACKEND, el
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import logging
 import os
-import warnings
-from collections.abc import Iterator
 from importlib import util
 
 import torch
 from torch import Tensor
 
-from upt_fast import memory_efficient
+from upt_fast.engine.backends import xformers
 
 AUTO = "auto"
 BACKENDS = ("triton", "xformers", "torch")
@@ -136,8 +132,8 @@ def refusals(backend: str, device: str, dtype: torch.dtype | None = None, dropou
             reasons.append(f"{device} (runs on cuda)")
         if dropout:
             reasons.append(f"dropout {dropout:g} (takes 0)")
-    elif device not in memory_efficient.devices:
-        reasons.append(f"{device} (runs on {', '.join(memory_efficient.devices)})")
+    elif device not in xformers.devices:
+        reasons.append(f"{device} (runs on {', '.join(xformers.devices)})")
     if torch.compiler.is_compiling():  # the model's constructor has looked at the package
         return reasons
     # the import is slow: not where the answer is clear
@@ -170,22 +166,8 @@ def _missing(package: str, try_import: bool) -> str:
         return f"{package} is not installed"
     try:
         if try_import:
-            with quiet_import():
+            with xformers.quiet_import():
                 importlib.import_module("xformers.ops" if package == "xformers" else package)
     except Exception as error:  # a broken build raises what it likes
         return f"{package} does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return ""
-
-
-@contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Import without the imported package's warnings: xformers logs which of its own extensions do not load."""
-    logger = logging.getLogger("xformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast import functions, ops
 from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.tokens import ClassTokens
-from upt_fast.layout import PackedLayout
-from upt_fast.memory import Need, tower_need
-from upt_fast.towers.blocks import FrozenBlocks, FrozenHead
-from upt_fast.towers.packing import PackedClasses, RepeatedClasses
-from upt_fast.workspace import Workspace
+from upt_fast.engine import ops
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.layout import PackedLayout
+from upt_fast.engine.memory import Need, tower_need
+from upt_fast.engine.towers.blocks import FrozenBlocks, FrozenHead
+from upt_fast.engine.towers.packing import PackedClasses, RepeatedClasses
+from upt_fast.engine.workspace import Workspace
 
 Packed = PackedClasses | RepeatedClasses
 
@@ -83,7 +84,7 @@ class TextTower(nn.Module):
         return self(prompts, repeated).unflatten(0, (len(prompts), -1))
 
     def need(self, packed: PackedClasses, backward: bool, sets: int = 1, depth: int | None = None) -> Need:
-        """Memory of a step's pass; see upt_fast/memory.py.
+        """Memory of a step's pass; see upt_fast/engine/memory.py.
 
         Args:
             packed: the classes of one set.
@@ -106,11 +107,11 @@ class TextTower(nn.Module):
         Returns:
             (C, e), not normalised, in the order the classes were given.
         """
-        return functions.twice_differentiable(functools.partial(self._features, packed=packed), prompts)
+        return composing.twice_differentiable(functools.partial(self._features, packed=packed), prompts)
 
     def _features(self, prompts: Tensor | None, packed: Packed) -> Tensor:
         blocks, last = self.blocks, self.blocks.num_layers - 1
-        if functions.composes(packed.rows):
+        if composing.composes(packed.rows):
             blocks.check_composes()
         if prompts is None:
             prompts = packed.rows.new_empty(len(packed.layout.sets), 1, 0, blocks.width)

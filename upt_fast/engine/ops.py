@@ -1,4 +1,4 @@
-"""The engine's operations, one public function each; upt_fast/dispatch.py tells which backend computes them.
+"""The engine's operations, one public function each; engine/backends/dispatch.py tells which backend computes them.
 
 Each has a twin of the same name in reference/ops.py that is written for reading. Plain PyTorch implementations stand
 here or, where they have a backward of their own, in functions.py and frozen_block.py; Triton kernels in kernels/.
@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import cpu_ops, dispatch, fp8, frozen_block, functions, memory_efficient
-from upt_fast.cpu_ops import FrozenWeight
-from upt_fast.fp8 import Fp8Weight
-from upt_fast.frozen_block import BlockWeights, MLPWeights
-from upt_fast.layout import BufferPlaces, PackedLayout, PackedTiles
-from upt_fast.workspace import Workspace
+from upt_fast.engine import fp8
+from upt_fast.engine.autograd import composing, frozen_block, functions
+from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
+from upt_fast.engine.backends import cpu_ops, dispatch, xformers
+from upt_fast.engine.backends.cpu_ops import FrozenWeight
+from upt_fast.engine.fp8 import Fp8Weight
+from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
+from upt_fast.engine.workspace import Workspace
 
 
 def layer_norm(x: Tensor, eps: float, backend: str = "torch") -> Tensor:
@@ -30,7 +32,7 @@ def layer_norm(x: Tensor, eps: float, backend: str = "torch") -> Tensor:
     Args:
         x: (..., D); statistics in float32 for half precision.
         eps: added to the variance.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     """
     if dispatch.choose("layer_norm", backend, x) == "triton":
         from upt_fast.kernels import layer_norm as kernel
@@ -46,7 +48,7 @@ def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: str = "torch") -> 
         x: (..., D) residual stream.
         y: (..., D) what the last linear adds to it, in x's shape.
         eps: added to the variance.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     """
     if dispatch.choose("add_layer_norm", backend, x) == "triton":
         from upt_fast.kernels import layer_norm as kernel
@@ -68,7 +70,7 @@ def prompt_insert(
         prompts: (S, P, D) in x's dtype.
         set_index: (B,) int64, each sequence's set; None where S is 1. Prompts per image are B sets.
         eps: added to the variance.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     Returns:
         the stream (B, T, D), and the same normalised as by :func:`layer_norm`.
     """
@@ -90,7 +92,7 @@ def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: st
         own: (N, ...) rows of all sequences.
         shared: (S, P, ...) rows in front of every sequence of a set.
         places: which row goes where.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     Returns:
         (N + C P, ...)
     """
@@ -113,12 +115,12 @@ def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") ->
         q: (B, Q, H, K) queries, already scaled.
         k: (B, L, H, K) keys.
         v: (B, L, H, K) values.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     Returns:
         (B, Q, H, K)
     """
     if dispatch.choose("stream_attention", backend, q) == "xformers":
-        return memory_efficient.attention(q, k, v)
+        return xformers.attention(q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
 
@@ -134,12 +136,12 @@ def buffer_attention(
         v: (N + C P, H, K) values.
         layout: how the N rows divide into S sets of classes.
         prefix: P.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
     if dispatch.choose("buffer_attention", backend, q) == "xformers":
-        return memory_efficient.buffer_attention(q, k, v, layout, prefix)
+        return xformers.buffer_attention(q, k, v, layout, prefix)
     last_only = q.shape[0] != layout.num_rows
     outputs, query, key = [], 0, 0
     for count, length in (run for runs in layout.sets for run in runs):
@@ -161,7 +163,7 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: str = 
             (towers/blocks.py folds both factors into the linears): one silu.
         kind: "quick_gelu", "gelu" or "gelu_tanh".
         bias: (M,) added to u first, or None; frozen: it gets no gradient.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     """
     if dispatch.choose("activation", backend, u) == "triton":
         from upt_fast.kernels import gelu as kernel
@@ -200,7 +202,7 @@ def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float
     Returns:
         n of (..., M / n).
     """
-    if weight.forward is None or functions.op_by_op(x) or x.numel() == 0:
+    if weight.forward is None or composing.op_by_op(x) or x.numel() == 0:
         return linear(layer_norm(x, eps), weight.plain, bias).chunk(parts, dim=-1)
     return frozen_block.NormLinear.apply(x, weight, bias, eps, parts)
 
@@ -225,7 +227,7 @@ def linear_gelu(
         proj_bias: (D,).
         kind: the activation, see :func:`activation`.
         recompute: compute the hidden features (..., M) again in backward instead of keeping them.
-        backend: see upt_fast/dispatch.py; with quantised weights of the activation alone.
+        backend: see upt_fast/engine/backends/dispatch.py; with quantised weights of the activation alone.
     """
     weights = fc_weight, fc_bias, proj_weight, proj_bias
     quantized = isinstance(fc_weight, Fp8Weight)
@@ -233,7 +235,7 @@ def linear_gelu(
         from upt_fast.kernels import linear_gelu as kernel
 
         return kernel.linear_gelu_linear(h, *weights, kind, keep=not recompute)  # type: ignore[arg-type]
-    if recompute and torch.is_grad_enabled() and not functions.composes(h):
+    if recompute and torch.is_grad_enabled() and not composing.composes(h):
         inputs = (h, *weights, kind, False, backend)
         return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
     if quantized:  # whose product adds the bias before it rounds
@@ -255,7 +257,7 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight | Fp8Wei
     if isinstance(weight, Fp8Weight):
         return x + fp8.linear(y, weight, bias)
     weight = weight if isinstance(weight, FrozenWeight) else FrozenWeight(weight)
-    if weight.forward is not None and not functions.op_by_op(y):
+    if weight.forward is not None and not composing.op_by_op(y):
         return frozen_block.LinearResidual.apply(x, y, weight, bias)
     return functions.linear_residual(x, y, weight.plain, bias)
 
@@ -291,7 +293,7 @@ def mlp(
         return x + linear_gelu(layer_norm(x, eps), fc_weight, fc_bias, proj_weight, proj_bias, kind, recompute)
     assert not isinstance(proj_weight, Fp8Weight)
     fc, proj = (w if isinstance(w, FrozenWeight) else FrozenWeight(w) for w in (fc_weight, proj_weight))
-    if functions.op_by_op(x) or x.numel() == 0:
+    if composing.op_by_op(x) or x.numel() == 0:
         u = F.linear(layer_norm(x, eps), fc.plain, fc_bias)
         return linear_residual(x, activation(u, kind), proj.plain, proj_bias)
     weights = MLPWeights(fc, fc_bias, proj, proj_bias, eps, kind)
@@ -321,9 +323,9 @@ def block(
         layer: this layer's place in the workspace.
     """
     exact = x.dtype.itemsize >= 4 or weights.qkv.forward is not None
-    if x.device.type == "cpu" and x.numel() > 0 and exact and not functions.op_by_op(x):
+    if x.device.type == "cpu" and x.numel() > 0 and exact and not composing.op_by_op(x):
         return frozen_block.Block.apply(x, prefix_k, prefix_v, set_index, weights, memory, workspace, layer)
-    if memory == "lean" and torch.is_grad_enabled() and not functions.composes(x):
+    if memory == "lean" and torch.is_grad_enabled() and not composing.composes(x):
         return checkpoint(
             _block, x, prefix_k, prefix_v, weights, set_index, False, use_reentrant=False, preserve_rng_state=False
         )
@@ -392,7 +394,7 @@ def prefix_attention(
         prefix_k: (S, P, H, K) keys of S prompt sets, or None.
         prefix_v: (S, P, H, K) values, or None.
         set_index: (B,) int64, each image's set; None where S is 1.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     Returns:
         (B, Q, H, K)
     """
@@ -404,7 +406,7 @@ def prefix_attention(
         k = prepend_rows(prefix_k, k, set_index)
         v = prepend_rows(prefix_v, v, set_index)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if functions.composes(q, k, v):
+    if composing.composes(q, k, v):
         return functions.attention(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
 
@@ -419,7 +421,7 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
     Returns:
         (B, P + L, ...)
     """
-    if functions.composes(prefix, x):
+    if composing.composes(prefix, x):
         return functions.prepend_rows(prefix, x, set_index)
     return functions.PrependRows.apply(prefix, x, set_index)
 
@@ -443,7 +445,7 @@ def packed_attention(
         prefix_k: (S, P, H, K) keys in front of every class of a set.
         prefix_v: (S, P, H, K) values.
         layout: how the N rows divide into S sets of classes.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
         tiles: the layout's for this P, on q's device; None: divided once and kept. Only "triton" looks at them.
     Returns:
         (N, H, K) or (C, H, K), as q.
@@ -460,10 +462,10 @@ def packed_attention(
     if any(t.dtype.itemsize < 4 for t in (q, k, v, prefix_k, prefix_v)):
         # rows are few: scores and probabilities stay in float32, as in fused attention
         q, k, v, prefix_k, prefix_v = (t.float() for t in (q, k, v, prefix_k, prefix_v))
-    if functions.autocasts(q.device.type):
+    if composing.autocasts(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
             return packed_attention(q, k, v, prefix_k, prefix_v, layout).to(dtype)
-    attend = functions.packed_attention if functions.composes(q, k, v) else functions.PackedAttention.apply
+    attend = functions.packed_attention if composing.composes(q, k, v) else functions.PackedAttention.apply
     outputs, query, row, first = [], 0, 0, 0
     for runs, group in itertools.groupby(layout.sets):  # neighbouring sets with the same runs together
         sets = len(list(group))
@@ -479,7 +481,7 @@ def packed_attention(
 
 def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
     """Whether kernels/cpu computes attention of rows q (N, H, K), all in its dtype."""
-    if q.device.type != "cpu" or functions.op_by_op(q) or any(t.dtype != q.dtype for t in others):
+    if q.device.type != "cpu" or composing.op_by_op(q) or any(t.dtype != q.dtype for t in others):
         return False
     return not cpu_ops.refusal(q.dtype, q.shape[-2] * q.shape[-1])
 
@@ -487,7 +489,7 @@ def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
 def _autocast(*tensors: Tensor | None) -> Iterator[Any]:
     """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: custom ops are not cast."""
     device = next(t.device.type for t in tensors if t is not None)
-    dtype = torch.get_autocast_dtype(device) if functions.autocasts(device) else None
+    dtype = torch.get_autocast_dtype(device) if composing.autocasts(device) else None
     return (t if t is None or dtype is None else t.to(dtype) for t in tensors)
 
 
@@ -513,7 +515,7 @@ def contrastive_loss(
         logit_scale: what cosines are multiplied by, a constant.
         labels: (B,) int64, counted from the start of the image's range.
         class_ranges: (B, 2) int64, first class and end of each image's range; None: all C classes.
-        backend: see upt_fast/dispatch.py.
+        backend: see upt_fast/engine/backends/dispatch.py.
     Returns:
         (B,) losses, float32 (float64 for float64 features).
     """

@@ -5,25 +5,17 @@ Called by ops.py, which says what each computes; here is how.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
-from upt_fast import cpu_choices
-from upt_fast.workspace import pieces
+from upt_fast.engine.autograd.composing import composes, fast_backward, op_by_op
+from upt_fast.engine.backends import cpu_choices
+from upt_fast.engine.workspace import pieces
 
 PRODUCT_PIECE_BYTES = 6 << 20
-_thread = threading.local()
-_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
 def takes_onednn(x: Tensor) -> bool:
@@ -31,104 +23,6 @@ def takes_onednn(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or op_by_op(x) or x.numel() == 0:
         return False
     return type(x) in (Tensor, torch.nn.Parameter) and cpu_choices.float32_product() == "onednn"
-
-
-def op_by_op(x: Tensor) -> bool:
-    """Whether ops must be PyTorch's own: autocast chooses the dtype of each, torch.compile fuses them itself."""
-    return torch.compiler.is_compiling() or autocasts(x.device.type) or composes(x)
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a kind of device; "meta" has none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def composes(*tensors: Tensor) -> bool:
-    """Whether ops must be such that PyTorch can transform them: its own, none in place, nothing kept between calls.
-
-    So under torch.func's transforms, in forward-mode differentiation, in fake tensors, in make_fx and on the meta
-    device, where no number can be looked at, and where :func:`composable` asks for it.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        getattr(_thread, "composable", False)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
-        or not has_data(*tensors)
-    )
-
-
-def has_data(*tensors: Tensor) -> bool:
-    """Whether tensors have numbers: those on the meta device and fake ones have shapes alone."""
-    return not any(t.device.type == "meta" or isinstance(t, FakeTensor) for t in tensors)
-
-
-@contextlib.contextmanager
-def composable() -> Iterator[None]:
-    """Let :func:`composes` say yes in this thread."""
-    before = getattr(_thread, "composable", False)
-    _thread.composable = True
-    try:
-        yield
-    finally:
-        _thread.composable = before
-
-
-def twice_differentiable(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """function(*inputs), computed as fast as it goes, with derivatives of any order.
-
-    The engine's own backward passes have no derivative. Where one is asked for (``create_graph=True``), or where a
-    transform runs backward, the function is computed once more from its inputs, op by op, and differentiated by
-    autograd; otherwise the gradient goes the fast way, and all this costs is to hold on to the inputs.
-
-    Args:
-        function: of the inputs; gives one tensor, the same fast and op by op.
-        inputs: all that may need a gradient; what the function closes over gets none.
-    """
-    out = function(*inputs)
-    if not out.requires_grad or torch.compiler.is_compiling() or composes(out):
-        return out
-    return _Twice.apply(function, out, *inputs)
-
-
-class _Twice(torch.autograd.Function):
-    """See :func:`twice_differentiable`: the identity of a result whose gradient it sends one way or the other."""
-
-    @staticmethod
-    def forward(ctx, function, out, *inputs):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs)
-        device = out.device.type
-        ctx.function, ctx.autocast = function, (device, torch.get_autocast_dtype(device), autocasts(device))
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        again = torch.is_grad_enabled()
-        batched = torch._C._functorch.is_legacy_batchedtensor(dout)  # autograd.grad(..., is_grads_batched=True)
-        if not (again or batched or composes(dout)):
-            return None, dout, *[None] * (len(ctx.needs_input_grad) - 2)
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        with torch.enable_grad(), composable(), torch.autocast(*ctx.autocast):
-            out = ctx.function(*inputs)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=again, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needs)
-
-
-def fast_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass of the engine's own, which has no derivative; idle where :func:`twice_differentiable` goes round.
-
-    Its forward pass says ``ctx.set_materialize_grads(False)``.
-    """
-    once = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
-        return once(ctx, *grads) if any(g is not None for g in grads) else (None,) * len(ctx.needs_input_grad)
-
-    return run
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -179,7 +73,7 @@ def product(
 
 
 def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See upt_fast.ops.linear_residual."""
+    """See upt_fast.engine.ops.linear_residual."""
     if composes(x, y):
         return x + F.linear(y, weight, bias)
     if takes_onednn(y):
@@ -243,7 +137,7 @@ class PrependRows(torch.autograd.Function):
 
 
 def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None) -> Tensor:
-    """See upt_fast.ops.prepend_rows; nothing in place."""
+    """See upt_fast.engine.ops.prepend_rows; nothing in place."""
     prefix = prefix.expand(len(x), *prefix.shape[1:]) if set_index is None else prefix[set_index]
     return torch.cat([prefix, x], dim=1)
 
@@ -281,7 +175,7 @@ def _runs(runs: tuple[tuple[int, int], ...], last_only: bool) -> Iterator[tuple[
 
 
 class PackedAttention(torch.autograd.Function):
-    """upt_fast.ops.packed_attention for S sets with the same runs: q, k, v (S, N, H, K), prefixes (S, P, H, K).
+    """upt_fast.engine.ops.packed_attention for S sets with the same runs: q, k, v (S, N, H, K), prefixes (S, P, H, K).
 
     Per run of equal lengths a small dense attention; the prefix's scores and gradients are one product per set and head
     over the rows of all classes. Probabilities are kept for backward: P + length numbers per row and head. Against

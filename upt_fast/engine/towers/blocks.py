@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast import cpu_choices, cpu_ops, dispatch, fp8, functions, ops
 from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
-from upt_fast.cpu_ops import FrozenWeight
-from upt_fast.fp8 import Fp8Weight
-from upt_fast.frozen_block import BlockWeights, MLPWeights
-from upt_fast.workspace import MemoryPool, Workspace
+from upt_fast.engine import fp8, ops
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
+from upt_fast.engine.backends import cpu_choices, cpu_ops, dispatch
+from upt_fast.engine.backends.cpu_ops import FrozenWeight
+from upt_fast.engine.fp8 import Fp8Weight
+from upt_fast.engine.workspace import MemoryPool, Workspace
 
 QUICK_GELU_SLOPE = 1.702
 MEMORY_LEVELS = ("fast", "balanced", "lean")
@@ -59,7 +61,7 @@ class FrozenBlocks(nn.Module):
         memory: "fast": keep what backward needs; "balanced": recompute the MLP's hidden features in backward;
             "lean": recompute the whole block from its input.
         backend: of the ops, as dispatch.resolve returns it.
-        quantized: the linears' weights are in fp8 (upt_fast/fp8.py) beside dtype, and whole blocks run op by op.
+        quantized: the linears' weights are in fp8 (upt_fast/engine/fp8.py) beside dtype, and whole blocks run op by op.
         length: rows of an image; 0: the rows are those of packed class names.
     """
 
@@ -185,7 +187,7 @@ class FrozenBlocks(nn.Module):
         """Pack the weights for the CPU operations where those run."""
         self._packed: dict[tuple[str, int], FrozenWeight] = {}
         self._fill = False
-        if self.quantized or not functions.has_data(self.qkv_bias):
+        if self.quantized or not composing.has_data(self.qkv_bias):
             return
         weight = self.qkv_weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
@@ -302,7 +304,7 @@ class FrozenBlocks(nn.Module):
 
     def run(self, layer, *args):  # type: ignore[no-untyped-def]
         """Call layer(*args), recomputed in backward where ``memory="lean"`` asks for it."""
-        if self.memory == "lean" and torch.is_grad_enabled() and not functions.composes(self.qkv_bias):
+        if self.memory == "lean" and torch.is_grad_enabled() and not composing.composes(self.qkv_bias):
             return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
         return layer(*args)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from upt_fast.towers.blocks import FrozenBlocks
+    from upt_fast.engine.towers.blocks import FrozenBlocks
 
 
 class Need(NamedTuple):

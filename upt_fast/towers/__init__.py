@@ -1,7 +1,0 @@
-"""Frozen CLIP encoders that take prompts: one residual block stack, the text and the image tower."""
-
-from upt_fast.towers.packing import PackedClasses
-from upt_fast.towers.text import TextTower
-from upt_fast.towers.vision import VisionTower
-
-__all__ = ["PackedClasses", "TextTower", "VisionTower"]
