@@ -305,7 +305,7 @@ def test_other_commands_are_called(monkeypatch):
     calls = []
     modules = {
         "upt_fast.verify": {"run_verify": lambda *a: calls.append(a) or 3},
-        "upt_fast.info": {"main_info": lambda as_json: calls.append(as_json) or 0},
+        "upt_fast.info": {"collect": lambda: calls.append("info") or {"problem": ""}},
         "upt_fast.demo.run": {"run_demo": lambda **k: calls.append(k)},
     }
     for name, members in modules.items():
@@ -320,7 +320,7 @@ def test_other_commands_are_called(monkeypatch):
     assert calls == [
         (Path("golden"), "cpu", "float32", "auto"),
         (None, "cpu", "float64", "auto"),
-        True,
+        "info",
         {"out_dir": Path("d"), "shots": (1, 4), "seeds": (7,)},
         {"out_dir": None},
     ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from upt_fast import FastPromptedCLIP, FastUPT, info
+from upt_fast.cli import main
 from upt_fast.closeness import relative_rms
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.fp8 import Fp8Weight, quantize_rows
@@ -423,13 +424,13 @@ def test_the_trial_product_decides(fresh, monkeypatch, capsys, product, reason):
     with pytest.raises(ValueError, match=rf"fp8 cannot run on cpu: .*{reason}; use dtype='bf16'"):
         FastUPT(CLIP, NAMES, dtype="fp8")
     FastUPT(CLIP, NAMES, dtype="bf16")  # which asks for none
-    assert info.main_info() == 0
+    assert main(["info"]) == 0
     assert f"dtype fp8, cpu: torch {torch.__version__}: {reason}\n" in capsys.readouterr().out
 
 
 def test_info(capsys):
     assert info.collect()["fp8"]["cpu"] == ""
-    assert info.main_info() == 0
+    assert main(["info"]) == 0
     assert "dtype fp8, cpu: runs where it is asked for, slower than bfloat16\n" in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from upt_fast import info
+from upt_fast.cli import main
 from upt_fast.engine.backends import dispatch
 from upt_fast.version import __version__
 
@@ -29,10 +30,10 @@ def test_a_package_that_is_missing(monkeypatch):
 
 
 def test_json_and_text_agree(capsys):
-    assert info.main_info(as_json=True) == 0
+    assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == info.collect()
-    assert info.main_info() == 0
+    assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"upt_fast {__version__}, Python {found['python']}" in text
     for package, version in found["packages"].items():
@@ -48,7 +49,7 @@ def test_json_and_text_agree(capsys):
 def test_bad_environment(monkeypatch, capsys, name, why, as_json):
     monkeypatch.setattr(dispatch, "refusals", lambda *_: ["for a test"])
     monkeypatch.setenv("UPT_FAST_BACKEND", name)
-    assert info.main_info(as_json) == 1
+    assert main(["info", *["--json"] * as_json]) == 1
     out = capsys.readouterr().out
     assert f"UPT_FAST_BACKEND='{name}'" in out
     assert why in out

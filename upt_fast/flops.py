@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -420,34 +419,3 @@ def method_costs(clip: str, classes: int, batch_size: int) -> list[dict[str, Any
             "flops": {"engine": dataclasses.asdict(cost.engine), "plain": dataclasses.asdict(cost.plain)},
         }
     return rows
-
-
-def main_methods(clip: str, classes: int, batch_size: int, as_json: bool = False) -> int:
-    """Print :func:`method_costs`; returns 0."""
-    rows = method_costs(clip, classes, batch_size)
-    if as_json:
-        print(json.dumps({"clip": clip, "classes": classes, "batch_size": batch_size, "methods": rows}, indent=2))
-        return 0
-    header = ("method", "title", "parameters", "layers", "GFLOP here", "plain", "source", "exact against")
-    table = [header, *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = ("parameters", "GFLOP here", "plain")
-    for line in table:
-        cells = (f"{c:>{w}}" if h in right else f"{c:<{w}}" for c, w, h in zip(line, widths, header, strict=True))
-        print("  ".join(cells).rstrip())
-    print(f"\n{clip}, {classes} classes, {batch_size} images in a step, each method's default options.")
-    print("layers: with prompts of their own, text / image. GFLOP: matrix products of a training step, forward and")
-    print("backward, here and in plain PyTorch with whole texts (zero-shot CLIP: forward).")
-    for row in rows:
-        if "error" in row:
-            print(f"{row['method']}: {row['error']}")
-    return 0
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    numbers = ["-"] * 4
-    if "error" not in row:
-        layers, flops = row["prompted_layers"], row["flops"]
-        gflop = [f"{sum(flops[kind].values()) / 1e9:,.1f}" for kind in ("engine", "plain")]
-        numbers = [f"{row['parameters']:,}", f"{layers['text']} / {layers['image']}", *gflop]
-    return (row["method"], row.get("title", ""), *numbers, row.get("source", ""), row.get("exact", ""))

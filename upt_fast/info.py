@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib import metadata
@@ -53,42 +52,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _describe_choices(measured: bool, machine: dict[str, str], kept: dict[str, dict[str, Any]]) -> str:
-    """What was measured on this machine, and where another way than the usual one was taken."""
-    if not measured:
-        return "ways to compute: the usual ones (UPT_FAST_MEASURE=0)"
-    lines = [f"ways to compute: {len(kept)} measured on {machine['processor']}"]
-    for key, entry in sorted(kept.items()):
-        choice, usual, ms = entry["choice"], entry["usual"], entry["ms"]
-        if choice != usual:
-            lines.append(f"    {key}: {choice}, {ms[choice]} ms ({usual}: {ms[usual]} ms)")
-        lines += [f"    {key}: not {name}: {reason}" for name, reason in entry["refused"].items()]
-    return "\n".join(lines)
-
-
-def main_info(as_json: bool = False) -> int:
-    """Print what :func:`collect` found; 1 where UPT_FAST_BACKEND names a backend that cannot run here."""
-    found = collect()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return 1 if found["problem"] else 0
-    print(f"upt_fast {found['upt_fast']}, Python {found['python']}, {found['platform']}")
-    print("packages: " + ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
-    print(f"torch was built for CUDA {found['cuda']}" if found["cuda"] else "torch was built without CUDA")
-    for device in found["devices"]:
-        print(f"device {device}")
-    if found["problem"]:
-        print(f"error: {found['problem']}")
-    for op, choice in found["ops"].items():
-        print(f"op {op}: {choice['backend']}")
-        for backend, reasons in choice["refused"].items():
-            print(f"    not {backend}: {'; '.join(reasons)}")
-    for dtype, reason in found["cpu_ops"].items():
-        print(f"compiled CPU operations, {dtype}: {reason or 'used by wide towers'}")
-    print(_describe_choices(**found["choices"]))
-    for device, reason in found["fp8"].items():
-        runs = "runs where it is asked for" + (", slower than bfloat16" if device == "cpu" else "")
-        print(f"dtype fp8, {device}: {reason or runs}")
-    return 1 if found["problem"] else 0

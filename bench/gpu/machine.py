@@ -217,7 +217,7 @@ def source_hash() -> str:
     found = hashlib.sha256()
     for pattern in ("upt_fast/**/*.py", "kernels/*.py", "bench/gpu_suite.py", "bench/gpu/*.py"):
         for path in sorted(ROOT.glob(pattern)):
-            if path.name not in ("report.py", "info.py", "cli.py"):
+            if path.name not in ("report.py", "info.py") and path.parent.name != "cli":
                 found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 

@@ -1,0 +1,48 @@
+"""``upt-fast predict``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from upt_fast.cli.common import add_model_options
+
+HELP = "classify image files with a trained model"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files")
+    add_model_options(parser)
+    parser.add_argument("--top-k", type=int, default=5, help="classes per image")
+    parser.add_argument(
+        "--classnames",
+        type=str | None,
+        default=None,
+        help="JSON or CSV file, class folder of training -> what to call the class in the answer",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: Namespace) -> int:
+    """Print the most probable classes of images."""
+    from upt_fast.train.evaluation import predict
+    from upt_fast.train.loop import class_names, load_run
+
+    missing = [path for path in options.images if not Path(path).exists()]
+    if missing:
+        raise ValueError(f"{len(missing)} image file(s) do not exist: {', '.join(missing[:10])}")
+    model = load_run(options.checkpoint, options.device, options.backend, options.method)
+    names = class_names(options.checkpoint, model, options.classnames)
+    predictions = predict(model, options.images, options.top_k, classnames=names)
+    if options.json:
+        print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+        return 0
+    for prediction in predictions:
+        print(prediction.path)
+        for name, probability in zip(prediction.classnames, prediction.probabilities, strict=True):
+            print(f"  {100 * probability:6.2f} %  {name}")
+    return 0
