@@ -21,7 +21,7 @@ from upt_fast.clip import LoadedCLIP
 from upt_fast.clip.tokens import clip_tokenizer
 from upt_fast.closeness import max_error, relative_rms
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
-from upt_fast.model import LEARNER_FILE
+from upt_fast.saving import LEARNER_FILE
 from upt_fast.testing import random_clip
 
 NAMES = ["cat", "golden_retriever", "hard-leaved pocket orchid"]
@@ -806,7 +806,7 @@ def test_load_by_the_saved_name(saved, monkeypatch):
         calls.append(args)
         return LoadedCLIP(clip, read_tokenizer(), {"size": 16}, args[0], args[1])
 
-    monkeypatch.setattr(upt_fast.model, "load_clip", load_clip)
+    monkeypatch.setattr(upt_fast.saving, "load_clip", load_clip)
     loaded = FastUPT.load(path, precision="bf16", cache_dir="somewhere")
     assert calls == [("ViT-Z-8", "some_tag", "bf16", "cpu", "somewhere", model.clip_quick_gelu)]
     images = images_for(clip, dtype=torch.float32)

@@ -14,7 +14,6 @@ from upt_fast.cli import main
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.closeness import max_error
 from upt_fast.files import load_safetensors, save_safetensors
-from upt_fast.model import LEARNER_FILE
 from upt_fast.released import (
     RELEASES,
     TOKEN_NAMES,
@@ -26,6 +25,7 @@ from upt_fast.released import (
     released_settings,
 )
 from upt_fast.released.commands import parse_options, read_classnames
+from upt_fast.saving import LEARNER_FILE
 from upt_fast.testing import golden_clip
 from upt_fast.train.checkpoint import STATE_FILE
 from upt_fast.verify import method_of

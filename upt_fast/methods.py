@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from upt_fast import config as configs
 from upt_fast.config import MethodConfig
@@ -213,3 +213,14 @@ def _import_file(path: Path) -> object:
         sys.modules.pop(name, None)
         raise
     return module
+
+
+def make_config(method: Method, config: MethodConfig | None, options: dict[str, Any]) -> MethodConfig:
+    """A method's config from either of the two ways to give options; a ValueError names unknown ones."""
+    if config is not None and options:
+        raise ValueError(f"config and {', '.join(options)} given; wanted one or the other")
+    if config is None:
+        return method.config.from_options(options)
+    if not isinstance(config, method.config):
+        raise ValueError(f"config is {type(config).__name__}; method {method.name!r} wants {method.config.__name__}")
+    return config

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from upt_fast.checks import require_choice, require_int
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu
 from upt_fast.clip.tokens import (
     Tokenizer,
@@ -28,7 +23,6 @@ from upt_fast.clip.tokens import (
     tokenize_template,
     tokenize_words,
 )
-from upt_fast.clip.weights import ACTIVATION_TITLES
 from upt_fast.config import MethodConfig, UPTConfig
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.autograd import composing
@@ -39,14 +33,10 @@ from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
-from upt_fast.methods import Method, find_method, list_methods
+from upt_fast.methods import find_method, make_config
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
+from upt_fast.saving import SavedWithCLIP
 
-logger = logging.getLogger("upt_fast")
-
-LEARNER_FILE = "prompt_learner.safetensors"
-FORMAT_VERSION = 1
-DESCRIPTION_KEYS = ("method", "config", "classnames", "clip_name", "clip_pretrained", "preprocess_cfg")
 # what the texts of one group of images may need at once, where they depend on the image
 TEXT_BYTES = 512 << 20
 DTYPES = {
@@ -56,11 +46,9 @@ DTYPES = {
     "fp16": torch.float16,
     "fp8": fp8.DTYPE,
 }
-T = TypeVar("T")
-Self = TypeVar("Self", bound="FastPromptedCLIP")
 
 
-class FastPromptedCLIP(nn.Module):
+class FastPromptedCLIP(SavedWithCLIP):
     """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
     Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
@@ -433,126 +421,6 @@ class FastPromptedCLIP(nn.Module):
         classes = F.normalize(self.text_tower.for_sets(text, self._classes), dim=-1)  # (B, C, e)
         return torch.matmul(classes, (self.logit_scale.exp() * image_features)[..., None])[..., 0]
 
-    @classmethod
-    def from_loaded(cls: type[Self], clip: LoadedCLIP, classnames: Iterable[str], **options: Any) -> Self:
-        """Like the constructor, from :func:`upt_fast.clip.load_clip`; remembers the name, so that checkpoints do."""
-        model = cls(clip.model, classnames, tokenizer=clip.tokenizer, **options)
-        model.clip_name, model.clip_pretrained = clip.name, clip.pretrained
-        model.preprocess_cfg = clip.preprocess_cfg
-        return model
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Self],
-        name: str,
-        pretrained: str | None = None,
-        *,
-        classnames: Iterable[str],
-        precision: str = "fp32",
-        device: str = "cpu",
-        cache_dir: str | None = None,
-        quick_gelu: bool | None = None,
-        **options: Any,
-    ) -> Self:
-        """Build on a CLIP that open_clip knows by name, or the small one in this package.
-
-        Args:
-            name: "ViT-B-16", "hf-hub:org/repo", "local-dir:folder" or "tiny-digits".
-            pretrained: open_clip's tag ("openai") or a file's path: OpenAI's TorchScript archive or a state dict.
-            classnames: C class names.
-            precision: "fp32", "fp16" or "bf16" weights of the frozen CLIP; "fp8": fp32 weights, and dtype="fp8".
-            device: where the model goes.
-            cache_dir: folder for downloads.
-            quick_gelu: whether the CLIP has QuickGELU, or GELU; None: as the tag, the file or else the name says.
-            options: see the class.
-        Raises:
-            ValueError: unknown model or tag, weights that cannot be had, bad option or class name.
-        """
-        clip, options = _load(name, pretrained, precision, device, cache_dir, quick_gelu, options)
-        return cls.from_loaded(clip, classnames, **options)
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write directory/prompt_learner.safetensors, whole or not at all: the learner, its options, the class names.
-
-        The CLIP's weights are not in it, only the name they load by.
-        """
-        from upt_fast.files import save_safetensors
-
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "method": self.method,
-            "config": self.config.to_dict(),
-            "classnames": self.classnames,
-            "clip_name": self.clip_name,
-            "clip_pretrained": self.clip_pretrained,
-            "clip_quick_gelu": self.clip_quick_gelu,
-            "preprocess_cfg": self.preprocess_cfg,
-        }
-        save_safetensors(folder / LEARNER_FILE, self.state_dict(), {"upt_fast": json.dumps(description)})
-        return folder / LEARNER_FILE
-
-    @classmethod
-    def load(
-        cls: type[Self],
-        directory: str | os.PathLike[str],
-        clip_model: nn.Module | None = None,
-        *,
-        tokenizer: Tokenizer | None = None,
-        classnames: Iterable[str] | None = None,
-        method: str | type[PromptLearner] | None = None,
-        precision: str = "fp32",
-        device: str = "cpu",
-        cache_dir: str | None = None,
-        **options: Any,
-    ) -> Self:
-        """Read what :meth:`save_pretrained` wrote.
-
-        Args:
-            directory: the folder, or the file in it.
-            clip_model: the CLIP it was trained on; None: loaded by the name in the file.
-            tokenizer: the tokenizer of clip_model.
-            classnames: other classes than the saved ones.
-            method: the method, where the file's is none of :func:`upt_fast.list_methods`: a file never imports code.
-            precision: of the frozen CLIP, where it is loaded by name; see :meth:`from_pretrained`.
-            device: where the model goes.
-            cache_dir: folder for downloads.
-            options: dtype, memory, backend.
-        Raises:
-            ValueError: no checkpoint there, or one of another CLIP or method; says which keys or shapes differ.
-        """
-        from upt_fast.files import load_safetensors
-
-        path = Path(directory)
-        path = path / LEARNER_FILE if path.is_dir() else path
-        state, metadata = load_safetensors(path)
-        description = read_description(metadata, path)
-        names = description["classnames"] if classnames is None else classnames
-        if cls is FastUPT and description["method"] != "upt":
-            raise ValueError(f"{path}: method {description['method']!r}; wanted 'upt': FastPromptedCLIP.load takes any")
-        found = _in_file(path, lambda: _method_of(description, method))
-        options["config"] = _in_file(path, lambda: make_config(found, None, description["config"]))
-        options["method"] = found.name
-        if clip_model is None:
-            if description["clip_name"] is None:
-                raise ValueError(f"{path} does not say which CLIP it was trained on: pass clip_model and tokenizer")
-            name, pretrained = description["clip_name"], description["clip_pretrained"]
-            quick_gelu = description.get("clip_quick_gelu")  # older files do not say: the name decides, as it did
-            clip, options = _load(name, pretrained, precision, device, cache_dir, quick_gelu, options)
-            model = cls.from_loaded(clip, names, **options)
-        else:
-            model = cls(clip_model, names, tokenizer=tokenizer, **options).to(device)
-            _check_activation(path, description.get("clip_quick_gelu"), model.clip_quick_gelu)
-            model.clip_name, model.clip_pretrained = description["clip_name"], description["clip_pretrained"]
-            model.preprocess_cfg = description["preprocess_cfg"]
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            message = str(error).replace('"prompt_learner.', f'"{model.prompt_learner.state_prefix}')
-            raise ValueError(f"{path} does not fit this CLIP: {message}") from error
-        return model.eval()
-
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype of the towers by either of its names."""
@@ -563,34 +431,12 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _load(
-    name: str,
-    pretrained: str | None,
-    precision: str,
-    device: str,
-    cache_dir: str | None,
-    quick_gelu: bool | None,
-    options: dict[str, Any],
-) -> tuple[LoadedCLIP, dict[str, Any]]:
-    """A CLIP by name, and the options of a model on it: for fp8 it is loaded in fp32, from which towers quantise."""
-    if precision == "fp8":
-        precision, options = "fp32", {"dtype": "fp8"} | options
-    return load_clip(name, pretrained, precision, device, cache_dir, quick_gelu), options
-
-
 def _cast_without_data(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
     """nn.Module.to() for parameters that are on the meta device or fake, which it does not take."""
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None:
                 part._parameters[name] = nn.Parameter(value.detach().to(device, dtype), value.requires_grad)
-
-
-def _check_activation(path: Path, recorded: bool | None, used: bool | None) -> None:
-    """Warn where prompts meet a CLIP with another activation than the one they were trained on."""
-    if None not in (recorded, used) and recorded != used:
-        titles = ACTIVATION_TITLES[bool(recorded)], ACTIVATION_TITLES[bool(used)]
-        logger.warning("%s was trained on a CLIP with %s; the one given has %s: expect lower accuracy", path, *titles)
 
 
 def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
@@ -654,6 +500,8 @@ class FastUPT(FastPromptedCLIP):
         >>> loss.backward()  # gradients of model.parameters(): the prompts and their transform
     """
 
+    only_method = "upt"
+
     def __init__(
         self,
         clip_model: nn.Module,
@@ -667,56 +515,3 @@ class FastUPT(FastPromptedCLIP):
         if method != "upt":
             raise ValueError(f"method={method!r}; FastUPT is 'upt': FastPromptedCLIP takes any method")
         super().__init__(clip_model, classnames, method=method, tokenizer=tokenizer, config=config, **options)
-
-
-def make_config(method: Method, config: MethodConfig | None, options: dict[str, Any]) -> MethodConfig:
-    """A method's config from either of the two ways to give options; a ValueError names unknown ones."""
-    if config is not None and options:
-        raise ValueError(f"config and {', '.join(options)} given; wanted one or the other")
-    if config is None:
-        return method.config.from_options(options)
-    if not isinstance(config, method.config):
-        raise ValueError(f"config is {type(config).__name__}; method {method.name!r} wants {method.config.__name__}")
-    return config
-
-
-def read_description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """The JSON description in a learner file's metadata; a ValueError if it is not ours or of another format."""
-    try:
-        description = json.loads(metadata["upt_fast"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a learner saved by upt_fast (no description in its metadata)") from error
-    if not isinstance(description, dict):
-        raise ValueError(f"{path} is not a learner saved by upt_fast (its description is no JSON object)")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {description.get('format_version')!r}; this version reads {FORMAT_VERSION}"
-        )
-    missing = [key for key in DESCRIPTION_KEYS if key not in description]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)} in its description")
-    return description
-
-
-def _method_of(description: dict[str, Any], given: str | type[PromptLearner] | None) -> Method:
-    """The method of a learner file."""
-    name = description["method"]
-    if given is None:
-        if not isinstance(name, str) or name not in list_methods():
-            raise ValueError(
-                f"method {name!r} is not known here; wanted one of {', '.join(map(repr, list_methods()))}, or the "
-                "class that it was trained with as method (--method FILE.py:CLASS)"
-            )
-        return find_method(name)
-    method = find_method(given)
-    if method.name != name:
-        raise ValueError(f"method {name!r}; method={given!r} was given")
-    return method
-
-
-def _in_file(path: Path, read: Callable[[], T]) -> T:
-    """read(), its ValueError prefixed by the file it speaks of."""
-    try:
-        return read()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -9,10 +9,11 @@ from typing import Any
 
 from upt_fast.clip.loading import load_clip
 from upt_fast.clip.tokens import clean_classnames
-from upt_fast.model import LEARNER_FILE, FastPromptedCLIP
+from upt_fast.model import FastPromptedCLIP
 from upt_fast.released.exporting import checkpoint_path, export_checkpoint, refuse, released_settings
 from upt_fast.released.file import read_file
 from upt_fast.released.importing import Imported, fit
+from upt_fast.saving import LEARNER_FILE
 from upt_fast.train.checkpoint import STATE_FILE, is_run, read_json
 from upt_fast.train.loop import checkpoint_folder
 
