@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from upt_fast import FastUPT
 from upt_fast.data import ImageDataset, ImageItem
 from upt_fast.train import TrainConfig, TrainingDivergedError, evaluate, evaluate_run, load_run, predict, train
-from upt_fast.train.loop import resolve_device
+from upt_fast.train.setup import resolve_device
 
 CLASSES = ("blue_thing", "green", "red")
 

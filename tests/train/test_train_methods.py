@@ -125,11 +125,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("method", ["coop", "maple", "outside"])
 def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method):
-    from upt_fast.train import loop
+    from upt_fast.train import trainer
 
     name = outside if method == "outside" else method
     assert main(command(data, tmp_path / "whole", name, "--epochs", "4")) == 0
-    write = loop.write_checkpoint
+    write = trainer.write_checkpoint
 
     def killed_after_two(run_dir, model, momentum, state, classes):
         write(run_dir, model, momentum, state, classes)
@@ -137,7 +137,7 @@ def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_checkpoint", killed_after_two)
+        patch.setattr(trainer, "write_checkpoint", killed_after_two)
         with pytest.raises(Killed):
             main(command(data, tmp_path / "cut", name, "--epochs", "4"))
     assert not (tmp_path / "cut" / "results.json").exists()

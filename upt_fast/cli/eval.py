@@ -33,7 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Print the accuracy of a checkpoint."""
-    from upt_fast.train.loop import evaluate_run
+    from upt_fast.train.runs import evaluate_run
 
     evaluation, where = evaluate_run(
         options.checkpoint,

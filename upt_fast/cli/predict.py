@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Print the most probable classes of images."""
     from upt_fast.train.evaluation import predict
-    from upt_fast.train.loop import class_names, load_run
+    from upt_fast.train.runs import class_names, load_run
 
     missing = [path for path in options.images if not Path(path).exists()]
     if missing:

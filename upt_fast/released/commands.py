@@ -15,7 +15,7 @@ from upt_fast.released.file import read_file
 from upt_fast.released.importing import Imported, fit
 from upt_fast.saving import LEARNER_FILE
 from upt_fast.train.checkpoint import STATE_FILE, is_run, read_json
-from upt_fast.train.loop import checkpoint_folder
+from upt_fast.train.runs import checkpoint_folder
 
 
 def run_import(

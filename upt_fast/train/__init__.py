@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upt_fast.train.config import TrainConfig
     from upt_fast.train.evaluation import Evaluation, Prediction, evaluate, predict
-    from upt_fast.train.loop import TrainingDivergedError, class_names, evaluate_run, load_run, train
+    from upt_fast.train.loop import train
+    from upt_fast.train.recording import TrainingDivergedError
+    from upt_fast.train.runs import class_names, evaluate_run, load_run
     from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 
 __all__ = [
@@ -32,10 +34,10 @@ _MODULES = {
     "Prediction": "evaluation",
     "evaluate": "evaluation",
     "predict": "evaluation",
-    "TrainingDivergedError": "loop",
-    "class_names": "loop",
-    "evaluate_run": "loop",
-    "load_run": "loop",
+    "TrainingDivergedError": "recording",
+    "class_names": "runs",
+    "evaluate_run": "runs",
+    "load_run": "runs",
     "train": "loop",
     "WarmupCosineLR": "schedule",
     "lr_at_epoch": "schedule",

@@ -1,0 +1,177 @@
+"""Runs and saved models read back: loaded, evaluated on a directory of images, their classes' names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upt_fast.data.dataset import ImageDataset
+from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, list_folders
+from upt_fast.data.images import corrupt_message, decode_images
+from upt_fast.data.transforms import build_eval_transform
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.train.checkpoint import (
+    is_run,
+    read_json,
+)
+from upt_fast.train.classes import match_images, read_classes, shown_names
+from upt_fast.train.evaluation import Evaluation, device_of, evaluate
+from upt_fast.train.setup import (
+    CONFIG_FILE,
+    GIB,
+    SPLIT_FILE,
+    count_workers,
+    log_links,
+    preprocess_cfg,
+    resolve_device,
+    without_copies,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def checkpoint_folder(checkpoint: str | Path) -> Path:
+    """The learner's folder that a RUN, RUN/last, RUN/best or a folder written by save_pretrained means.
+
+    Raises:
+        ValueError: there is no such folder, or the run has no checkpoint yet.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist; wanted the folder of a run or of a saved model")
+    if is_run(path):
+        if not (path / "last").exists():
+            raise ValueError(f"run {str(path)!r} has no checkpoint yet; wanted at least one epoch of training")
+        return path / "last"
+    return path
+
+
+def load_run(
+    checkpoint: str | Path, device: str = "auto", backend: str = "auto", method: str | None = None
+) -> FastPromptedCLIP:
+    """The model of a run or of a saved learner, in eval mode, at the precision that the run had.
+
+    Args:
+        checkpoint: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
+        device: auto, cpu, cuda or cuda:N.
+        backend: of the model's operations.
+        method: FILE.py:CLASS of a method from outside, which a checkpoint never imports by itself.
+    Raises:
+        ValueError: no checkpoint there, or one of another method; its CLIP cannot be loaded; no such device.
+    """
+    folder = checkpoint_folder(checkpoint)
+    run = _run_of(folder)
+    precision = "fp32" if run is None else str(read_json(run / CONFIG_FILE).get("precision", "fp32"))
+    device = str(resolve_device(device))
+    return FastPromptedCLIP.load(folder, method=method, precision=precision, device=device, backend=backend)
+
+
+def _run_of(folder: Path) -> Path | None:
+    for parent in (folder.parent, Path(os.path.realpath(folder)).parent.parent):
+        if is_run(parent):
+            return parent
+    return None
+
+
+def evaluate_run(
+    checkpoint: str | Path,
+    data: str | Path,
+    split: str | None = None,
+    batch_size: int = 100,
+    num_workers: int | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    progress: bool = True,
+    method: str | None = None,
+    classes_from: str | None = None,
+    classnames: str | Path | Mapping[str, str] | None = None,
+) -> tuple[Evaluation, str]:
+    """Evaluate a trained model on a directory of images.
+
+    Args:
+        checkpoint: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
+        data: directory of images; its class folders are matched to the model's classes by the folders of training and
+            by name, see :func:`upt_fast.train.classes.match_images`.
+        split: "train", "val" or "test"; None: test, else val, else train; without split folders all images. Where this
+            is the directory that the run was trained on, images are left out that it was trained on, where there are
+            no split folders, and copies of them that the run left out of its test.
+        batch_size: images per forward pass.
+        num_workers: processes that load images; None: 0 on the CPU, up to 8 for a GPU.
+        device: auto, cpu, cuda or cuda:N.
+        backend: of the model's operations.
+        progress: whether to show progress bars.
+        method: see :func:`load_run`.
+        classes_from: "top" or "leaf", see :func:`upt_fast.data.scan_folder`; None: as in training.
+        classnames: a JSON or CSV file or a mapping, folder -> name: which class of the model a folder means, and what
+            to call it; see :func:`upt_fast.train.classes.match_images`.
+    Returns:
+        The evaluation, and which images it is on, in words.
+    Raises:
+        ValueError: bad data or checkpoint; images that cannot be read; classes that the model does not know.
+    """
+    folder = checkpoint_folder(checkpoint)
+    classes = read_classes(folder)
+    listing = list_folders(data, classes_from or (classes.classes_from if classes else "top"))
+    log_links(listing)
+    items, where = _eval_items(listing, split, folder)
+    model = load_run(folder, device, backend, method)
+    matched = match_images(items, listing, classes, model.classnames, classnames)
+    load = build_eval_transform(preprocess_cfg(model))
+    decoded = decode_images([item.path for item in matched.items], load, GIB, "reading images", progress)
+    if decoded.failures:
+        raise ValueError(corrupt_message(list(decoded.failures.values())))
+    images = None if decoded.images is None else [image for image in decoded.images if image is not None]
+    workers = count_workers(num_workers, device_of(model))
+    dataset = ImageDataset(matched.items, load, images)
+    evaluation = evaluate(model, dataset, batch_size, workers, progress=progress, classnames=matched.classnames)
+    return evaluation, where
+
+
+def class_names(
+    checkpoint: str | Path, model: FastPromptedCLIP, classnames: str | Path | Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """What to call a model's classes, in its order.
+
+    Args:
+        checkpoint: that the model is of: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
+        model: of load_run.
+        classnames: a JSON or CSV file or a mapping, class folder of training -> name; None: the model's own names.
+    Raises:
+        ValueError: classnames does not fit the folders of training.
+    """
+    return shown_names(read_classes(checkpoint_folder(checkpoint)), model.classnames, classnames)
+
+
+def _eval_items(listing: FolderListing, split: str | None, folder: Path) -> tuple[Sequence[ImageItem], str]:
+    splits, data = listing.splits, listing.root
+    run = _run_of(folder)
+    recorded: dict[str, Any] | None = None
+    if run is not None and os.path.realpath(read_json(run / CONFIG_FILE)["data"]) == os.path.realpath(data):
+        recorded = read_json(run / SPLIT_FILE)
+    if ALL_IMAGES not in splits:
+        chosen = split or next(name for name in ("test", "val", "train") if name in splits or name in listing.broken)
+        _refuse_broken(listing, chosen)
+        if chosen not in splits:
+            raise ValueError(f"{data} has no {chosen} folder; wanted one of {', '.join(splits)}")
+        items, where = splits[chosen], f"{chosen} folder"
+    elif split is not None:
+        raise ValueError(f"{data} has no split folders, so there is no {split}; leave split out")
+    else:
+        _refuse_broken(listing, ALL_IMAGES)
+        items, where = splits[ALL_IMAGES], "all images"
+        if recorded is not None:
+            trained = set(recorded["train"])
+            items = tuple(item for item in items if item.key not in trained)
+            where = "images that training did not use"
+    # older runs have looked for none
+    dropped = set(recorded.get("duplicates", {}).get("dropped", ())) if recorded else set()
+    kept = [item for item in items if item.key not in dropped]
+    return kept, where + without_copies(len(items) - len(kept))
+
+
+def _refuse_broken(listing: FolderListing, split: str) -> None:
+    if reasons := listing.broken.get(split):
+        raise ValueError(corrupt_message(reasons))

@@ -1,0 +1,235 @@
+"""What a run needs before it trains: its folder, its device, its model, its images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upt_fast.config import FOLDER_NAMES
+from upt_fast.data.dataset import AugmentedDataset, ImageDataset
+from upt_fast.data.duplicates import Duplicates, drop_test_copies
+from upt_fast.data.folder import FolderListing, ImageItem
+from upt_fast.data.images import corrupt_message, decode_images
+from upt_fast.data.sampling import FewShotSplit
+from upt_fast.data.transforms import build_augmentation, build_eval_transform
+from upt_fast.data.tree import shorten
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.train.checkpoint import (
+    LOCK_FILE,
+    is_run,
+    read_json,
+)
+from upt_fast.train.classes import TrainedClasses
+from upt_fast.train.config import TrainConfig, check_device_name
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger("upt_fast")
+
+GIB = 2**30
+CONFIG_FILE, SPLIT_FILE, RESULTS_FILE = "config.json", "split.json", "results.json"
+CHOICES_FILE = "choices.json"
+LATER_KEYS = ("folders", "duplicates")  # of split.json, which runs of earlier versions do not have
+
+
+@dataclass
+class RunData:
+    """The datasets of a run and what was left out of them."""
+
+    classnames: tuple[str, ...]
+    classes: TrainedClasses
+    split: FewShotSplit
+    duplicates: Duplicates
+    dropped: tuple[ImageItem, ...]
+    train: AugmentedDataset
+    val: ImageDataset | None
+    test: ImageDataset
+    skipped: list[str]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that auto, cpu, cuda or cuda:N means here.
+
+    Raises:
+        ValueError: no such name, or no such device.
+    """
+    check_device_name(name)
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(("cuda" if available else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ValueError(f"device={name!r}; {available} CUDA device(s) here: wanted auto, cpu or one of those")
+    return device
+
+
+def check_out(config: TrainConfig, out: Path) -> None:
+    """Raise a ValueError unless the folder is such that the run can begin, or be resumed, in it."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file; wanted a folder")
+    if config.resume:
+        if not is_run(out):
+            raise ValueError(f"nothing to resume: out={str(out)!r} holds no run; leave out --resume to start one")
+        if differences := config.differences(read_json(out / CONFIG_FILE)):
+            raise ValueError(
+                f"cannot resume {out} with other settings ({'; '.join(differences)}); "
+                f"wanted its own: pass --config {out / CONFIG_FILE} --resume, or another out"
+            )
+    elif is_run(out):
+        raise ValueError(f"out={str(out)!r} holds a run already; add --resume to continue it, or pass another out")
+    elif out.exists() and any(not _is_leftover(entry.name) for entry in out.iterdir()):
+        raise ValueError(f"out={str(out)!r} is not empty; wanted a new or empty folder")
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a file is what a run leaves that was killed before it had written its settings."""
+    return name in (LOCK_FILE, SPLIT_FILE, CHOICES_FILE) or (name.startswith(".") and name.endswith(".tmp"))
+
+
+def asked_names(config: TrainConfig, out: Path) -> str | None:
+    """The config's classnames; runs of before there was such a setting go on with their folders' names."""
+    if config.resume and config.classnames is None and "folders" not in read_json(out / SPLIT_FILE):
+        return FOLDER_NAMES
+    return config.classnames
+
+
+def build_model(config: TrainConfig, classnames: Sequence[str], out: Path, device: torch.device) -> FastPromptedCLIP:
+    """The model that the run trains: as in its last checkpoint, else new."""
+    if os.path.lexists(out / "last"):
+        model = load_model(config, out / "last", device)
+    else:
+        torch.manual_seed(config.seed)
+        model = FastPromptedCLIP.from_pretrained(
+            config.clip,
+            config.to_dict()["pretrained"],
+            classnames=classnames,
+            method=config.method,
+            config=config.method_config(),
+            precision=config.precision,
+            device=str(device),
+            quick_gelu=config.quick_gelu,
+            memory=config.memory,
+            backend=config.backend,
+            text_batch=config.text_batch,
+        )
+    model.train()
+    return model
+
+
+def load_model(config: TrainConfig, folder: Path, device: torch.device) -> FastPromptedCLIP:
+    """A checkpoint's model with the run's options."""
+    return FastPromptedCLIP.load(
+        folder,
+        method=config.method,
+        precision=config.precision,
+        device=str(device),
+        memory=config.memory,
+        backend=config.backend,
+        text_batch=config.text_batch,
+    )
+
+
+def load_data(
+    config: TrainConfig,
+    model: FastPromptedCLIP,
+    listing: FolderListing,
+    split: FewShotSplit,
+    duplicates: Duplicates,
+) -> RunData:
+    """Decode every image that the run reads, and keep in memory what fits."""
+    dropped = duplicates.test_copies if config.duplicates == "drop" else ()
+    if dropped:
+        split = drop_test_copies(split, duplicates)
+    load_train, transform = build_augmentation(preprocess_cfg(model), config.augment)
+    load_eval = build_eval_transform(preprocess_cfg(model))
+    limit = int(config.cache_gib * GIB)
+    failures = [reason for reasons in listing.broken.values() for reason in reasons]
+    datasets: list[ImageDataset] = []
+    for name, items, load in (
+        ("training", split.train, load_train),
+        ("validation", split.val, load_eval),
+        ("test", split.test, load_eval),
+    ):
+        decoded = decode_images(
+            [item.path for item in items], load, limit, f"reading {name} images", progress=config.progress
+        )
+        failures += decoded.failures.values()
+        limit -= decoded.num_bytes
+        if decoded.images is None:
+            logger.info("%s images need more than what is left of %s GiB: decoded when used", name, config.cache_gib)
+        good = [i for i in range(len(items)) if i not in decoded.failures]
+        images = None if decoded.images is None else [image for image in decoded.images if image is not None]
+        datasets.append(ImageDataset([items[i] for i in good], load, images))
+    if failures:
+        if config.on_corrupt == "error":
+            raise ValueError(f"{corrupt_message(failures)}; remove them, or leave them out with --on-corrupt skip")
+        logger.warning("left out: %s", corrupt_message(failures))
+        trained = {item.label for item in datasets[0].items}
+        if lost := [name for label, name in enumerate(listing.classnames) if label not in trained]:
+            raise ValueError(f"no training image is left of {len(lost)} class(es): {shorten(lost)}")
+        if not len(datasets[2]):
+            raise ValueError("no test image is left; wanted at least one that can be read")
+    return RunData(
+        classnames=listing.classnames,
+        classes=TrainedClasses(listing.folders, config.classes_from),
+        split=split,
+        duplicates=duplicates,
+        dropped=dropped,
+        train=AugmentedDataset(datasets[0], transform, config.seed),
+        val=datasets[1] if len(datasets[1]) else None,
+        test=datasets[2],
+        skipped=failures,
+    )
+
+
+def preprocess_cfg(model: FastPromptedCLIP) -> dict[str, Any]:
+    """How the CLIP wants its images; a ValueError where that is not known."""
+    if model.preprocess_cfg is None:
+        raise ValueError("this CLIP does not say how its images are prepared (preprocess_cfg); load it by name")
+    return model.preprocess_cfg
+
+
+def describe_split(data: RunData) -> dict[str, Any]:
+    """What split.json holds."""
+    return {
+        "classnames": list(data.classnames),
+        "folders": list(data.classes.folders),
+        "train": [item.key for item in data.train.base.items],
+        "val": [] if data.val is None else [item.key for item in data.val.items],
+        "test_split": data.split.test_name,
+        "num_test": len(data.test),
+        "duplicates": {**data.duplicates.keys(), "dropped": [item.key for item in data.dropped]},
+    }
+
+
+def log_duplicates(found: Duplicates, drop: bool) -> None:
+    """Say which images are there twice."""
+    advice = {
+        "two_classes": "one of the classes is wrong",
+        "train_test": "they are left out of the test" if drop else "--duplicates drop leaves them out of the test",
+    }
+    for kind, said in found.describe().items():
+        logger.warning("%s; %s", said, advice[kind])
+
+
+def log_links(listing: FolderListing) -> None:
+    """Say how many links were followed."""
+    if said := listing.describe_links():
+        logger.info("%s", said)
+
+
+def count_workers(asked: int | None, device: torch.device) -> int:
+    """Processes that load images: as asked, else none on a CPU and up to 8 for a GPU."""
+    if asked is not None:
+        return asked
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def without_copies(copies: int) -> str:
+    """What to add to the words for test images of which copies were left out."""
+    return f", without {copies} that are copies of training images" if copies else ""

@@ -1,0 +1,165 @@
+"""Epochs: steps, validation, a checkpoint after each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from upt_fast.data.dataset import EpochBatchSampler, derive_seed
+from upt_fast.data.transforms import build_normalize
+from upt_fast.engine.graphs import NOT_YET
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.train.checkpoint import (
+    TrainingState,
+    read_checkpoint,
+    write_checkpoint,
+)
+from upt_fast.train.config import TrainConfig
+from upt_fast.train.evaluation import Evaluation, device_of, evaluate, to_device
+from upt_fast.train.interrupt import InterruptBetweenSteps
+from upt_fast.train.recording import (
+    Meter,
+    TrainingDivergedError,
+    diverged,
+    in_short,
+    open_tensorboard,
+    record_epoch,
+    truncate_metrics,
+)
+from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
+from upt_fast.train.setup import RunData, count_workers, preprocess_cfg
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger("upt_fast")
+
+
+class Trainer:
+    """Model, optimizer and the files of a run, at the state of its last checkpoint."""
+
+    def __init__(self, config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData) -> None:
+        self.config, self.out, self.model, self.data = config, out, model, data
+        self.device = device_of(model)
+        self.num_workers = count_workers(config.num_workers, self.device)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" and config.cuda_graph,  # which a graph can hold
+        )
+        self.step = model.make_graphed_step(self.optimizer, config.batch_size, capture=config.cuda_graph)
+        self.said = NOT_YET  # of why steps run eagerly
+        self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
+        if restored := read_checkpoint(out):
+            self.state, momentum = restored
+            for name, parameter in model.named_parameters():
+                if name in momentum:
+                    self.optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter)
+        self.schedule = WarmupCosineLR(
+            self.optimizer, config.epochs, config.lr, config.warmup_lr, start_epoch=self.state.epoch
+        )
+        self.sampler = EpochBatchSampler(len(data.train), config.batch_size, config.seed)
+        self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+            data.train,  # type: ignore[arg-type]
+            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or the loader would draw from the default one, which dropout uses
+        )
+        self.normalize = build_normalize(preprocess_cfg(model))
+
+    def fit(self) -> None:
+        """Train the epochs that are left."""
+        if self.state.epoch >= self.config.epochs:
+            return
+        truncate_metrics(self.out, self.state.epoch)
+        steps = len(self.sampler)
+        shown = None if self.config.progress else True
+        writer = open_tensorboard(self.out / "tensorboard", self.state.epoch)
+        bar = tqdm(
+            total=self.config.epochs * steps,
+            initial=self.state.epoch * steps,
+            unit="step",
+            disable=shown,
+            smoothing=0.05,
+        )
+        with InterruptBetweenSteps() as interrupt, writer or contextlib.nullcontext(), bar:
+            for epoch in range(self.state.epoch, self.config.epochs):
+                started = time.perf_counter()
+                lr = lr_at_epoch(epoch, self.config.epochs, self.config.lr, self.config.warmup_lr)
+                loss, accuracy = self._train_epoch(epoch, lr, bar, interrupt)
+                record: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, "loss": loss, "accuracy": accuracy}
+                metric = -loss
+                if self.data.val is not None:
+                    val = self._validate()
+                    record |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
+                    metric = val.accuracy
+                self._end_epoch(record, metric, steps, started, writer)
+                self.schedule.step()
+                interrupt.check()
+                if bar.disable:
+                    logger.info("epoch %s", ", ".join(f"{key} {in_short(value)}" for key, value in record.items())[6:])
+
+    def _train_epoch(
+        self, epoch: int, lr: float, bar: tqdm[Any], interrupt: InterruptBetweenSteps
+    ) -> tuple[float, float]:
+        """One pass over the images; returns mean loss and accuracy of the images seen."""
+        torch.manual_seed(derive_seed(self.config.seed, epoch))
+        self.sampler.epoch = epoch
+        meter = Meter(epoch, lr, bar, self.device)
+        self.model.train()
+        for step, (images, labels) in enumerate(to_device(self.loader, self.normalize, self.device)):
+            loss, logits = self.step(images, labels)
+            if self.device.type == "cuda" and self.step.reason != self.said:
+                self.said = self.step.reason
+                logger.info("steps run %s", f"eagerly: {self.said}" if self.said else "as a CUDA graph")
+            meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
+            interrupt.check()
+        meter.flush()
+        if bad := [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]:
+            raise TrainingDivergedError(
+                diverged((epoch + 1) * len(self.sampler) - 1, epoch, lr, f"{bad[0]} is not finite")
+            )
+        return meter.mean_loss, meter.accuracy
+
+    def _validate(self) -> Evaluation:
+        assert self.data.val is not None
+        config = self.config
+        return evaluate(
+            self.model, self.data.val, config.test_batch_size, self.num_workers, "validating", progress=config.progress
+        )
+
+    def _end_epoch(
+        self, record: dict[str, Any], metric: float, steps: int, started: float, writer: SummaryWriter | None
+    ) -> None:
+        epoch = self.state.epoch + 1
+        improved = metric > self.state.best_metric
+        state = TrainingState(
+            epoch=epoch,
+            step=epoch * steps,
+            best_epoch=epoch if improved else self.state.best_epoch,
+            best_metric=metric if improved else self.state.best_metric,
+        )
+        record["best_epoch"] = state.best_epoch
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        # metrics first: a kill between the two leaves a line too many, which resumption removes
+        record_epoch(self.out, record, writer)
+        momentum = {
+            name: buffer
+            for name, parameter in self.model.named_parameters()
+            if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None
+        }
+        write_checkpoint(self.out, self.model, momentum, state, self.data.classes.to_dict())
+        self.state = state
