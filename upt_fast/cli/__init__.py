@@ -1,5 +1,5 @@
-"""The command line, one file per command; main.py puts them together."""
+"""The command line, one file per command; app.py puts them together."""
 
-from upt_fast.cli.main import main
+from upt_fast.cli.app import main
 
 __all__ = ["main"]
