@@ -11,7 +11,7 @@ import pytest
 import torch
 from common import CLOSE, anchor, gradients, inputs, measure, measure_peak_memory, model, step, synchronize
 
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 
 STEPS = [
     pytest.param("coop", 100, 8, id="coop-C100-B8"),

@@ -25,7 +25,7 @@ from common import (
 )
 from torch import Tensor
 
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 
 STEPS = [
     pytest.param(100, 8, id="C100-B8"),

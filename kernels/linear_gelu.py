@@ -38,7 +38,7 @@ from torch import Tensor
 from upt_fast.kernels._launch import DTYPES, INTERPRETED, Workload, launch, rows_of, shared_limit
 from upt_fast.kernels.gelu import KINDS, activate, activation_slope
 
-from upt_fast.files import cache_folder, write_text
+from upt_fast.common.files import cache_folder, write_text
 
 
 class Tile(NamedTuple):

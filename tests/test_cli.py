@@ -304,8 +304,8 @@ def test_other_commands_are_called(monkeypatch):
 
     calls = []
     modules = {
-        "upt_fast.verify": {"run_verify": lambda *a: calls.append(a) or 3},
-        "upt_fast.info": {"collect": lambda: calls.append("info") or {"problem": ""}},
+        "upt_fast.tools.verify": {"run_verify": lambda *a: calls.append(a) or 3},
+        "upt_fast.tools.info": {"collect": lambda: calls.append("info") or {"problem": ""}},
         "upt_fast.demo.run": {"run_demo": lambda **k: calls.append(k)},
     }
     for name, members in modules.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast.closeness import assert_rounded, excesses
+from upt_fast.common.closeness import assert_rounded, excesses
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 INPUTS = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

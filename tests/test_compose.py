@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from upt_fast import FastPromptedCLIP, FastUPT, ReferencePromptedCLIP
 from upt_fast.clip.tokens import clip_tokenizer
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.testing import random_clip, xformers_on_cpu
 

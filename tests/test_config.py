@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from upt_fast.checks import require_choice, require_int
+from upt_fast.common.checks import require_choice, require_int
 from upt_fast.config import UPTConfig
 
 

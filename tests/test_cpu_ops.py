@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
 from upt_fast.engine.backends import cpu_ops
@@ -509,7 +509,7 @@ def test_they_run_where_they_can():
 BFLOAT16_SCRIPT = """
 import torch
 from upt_fast.engine.backends import cpu_ops
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.testing import build, random_clip
 print("reason:", cpu_ops.refusal(torch.bfloat16, 256))
 clip = random_clip(vision_width=256, text_width=256, text_heads=4, vision_layers=2, text_layers=2)

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from upt_fast import FastPromptedCLIP, MethodConfig, PromptLearner, Prompts, ReferencePromptedCLIP, flops
+from upt_fast import FastPromptedCLIP, MethodConfig, PromptLearner, Prompts, ReferencePromptedCLIP
 from upt_fast.cli import main
 from upt_fast.clip import frozen_clip
 from upt_fast.methods import BUILTIN_METHODS, find_method, list_methods
 from upt_fast.testing import random_clip
+from upt_fast.tools import flops
 
 NAMES = ["cat", "dog", "golden retriever", "snow leopard", "a rather long class name"]
 B = 3

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from upt_fast import FastPromptedCLIP, FastUPT, info
+from upt_fast import FastPromptedCLIP, FastUPT
 from upt_fast.cli import main
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.fp8 import Fp8Weight, quantize_rows
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.testing import build, random_clip
+from upt_fast.tools import info
 
 CPU = torch.device("cpu")  # any processor runs it
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -201,7 +202,7 @@ def test_nothing_of_the_rows_is_kept():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_models_beside_bf16(method):
-    """Over several draws at most 16 times bfloat16's error (upt_fast/verify.py derives it), and larger than that."""
+    """Over several draws at most 16 times bfloat16's error (tools/verify.py derives it), and larger than that."""
     squares = {"bf16": torch.zeros(2), "fp8": torch.zeros(2)}
     alike = []
     for seed in range(4):

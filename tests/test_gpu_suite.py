@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 
 ROOT = Path(__file__).parents[1]
 SUITE = str(ROOT / "bench" / "gpu_suite.py")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import graphs
 from upt_fast.testing import build, random_clip
 from upt_fast.train.schedule import WarmupCosineLR

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from upt_fast import info
 from upt_fast.cli import main
 from upt_fast.engine.backends import dispatch
+from upt_fast.tools import info
 from upt_fast.version import __version__
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from upt_fast import FastPromptedCLIP, FastUPT, list_methods, register_method
 from upt_fast.clip.tokens import clip_tokenizer
-from upt_fast.closeness import assert_rounded, max_error, relative_rms
+from upt_fast.common.closeness import assert_rounded, max_error, relative_rms
 from upt_fast.config import MethodConfig
 from upt_fast.methods import BUILTIN_METHODS, find_method
 from upt_fast.prompts import LearnerSetting, PromptLearner, Prompts
@@ -364,7 +364,7 @@ def test_names_of_whole_models(case, tmp_path):
     with pytest.raises(RuntimeError, match="Unexpected key"):
         fast.load_state_dict(dict(state) | {"other": torch.zeros(1)})
     path = fast.save_pretrained(tmp_path)
-    from upt_fast.files import load_safetensors, save_safetensors
+    from upt_fast.common.files import load_safetensors, save_safetensors
 
     tensors, metadata = load_safetensors(path)
     first = sorted(tensors)[0]

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import upt_fast.files
+import upt_fast.common.files
 import upt_fast.model
 from upt_fast import FastUPT, ReferenceUPT, UPTConfig
 from upt_fast.clip import LoadedCLIP
 from upt_fast.clip.tokens import clip_tokenizer
-from upt_fast.closeness import max_error, relative_rms
+from upt_fast.common.closeness import max_error, relative_rms
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.saving import LEARNER_FILE
 from upt_fast.testing import random_clip
@@ -818,7 +818,7 @@ def test_load_by_the_saved_name(saved, monkeypatch):
 
 def test_file_holds_the_learner_alone(saved):
     _, model, path = saved
-    tensors, metadata = upt_fast.files.load_safetensors(path)
+    tensors, metadata = upt_fast.common.files.load_safetensors(path)
     assert tensors.keys() == model.state_dict().keys() == {f"prompt_learner.{n}" for n in LEARNER_SHAPES}
     assert {n: tuple(tensors[f"prompt_learner.{n}"].shape) for n in LEARNER_SHAPES} == LEARNER_SHAPES
     assert path.stat().st_size < 1.1 * sum(t.numel() * 4 for t in tensors.values()) + 4096
@@ -906,9 +906,9 @@ def test_load_without_a_clip_and_a_name(saved):
 
 def rewrite(path, tensors=None, **changes) -> None:
     """Change a learner file: its tensors, or entries of its description (None: leave the entry out)."""
-    old, metadata = upt_fast.files.load_safetensors(path)
+    old, metadata = upt_fast.common.files.load_safetensors(path)
     description = {k: v for k, v in (json.loads(metadata["upt_fast"]) | changes).items() if v is not None}
-    upt_fast.files.save_safetensors(path, tensors or old, {"upt_fast": json.dumps(description)})
+    upt_fast.common.files.save_safetensors(path, tensors or old, {"upt_fast": json.dumps(description)})
 
 
 @pytest.mark.parametrize(
@@ -918,9 +918,9 @@ def rewrite(path, tensors=None, **changes) -> None:
         (lambda path: path.write_bytes(b"PK not this"), "not a safetensors file"),
         (lambda path: path.write_bytes(b""), "not a safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a safetensors file"),
-        (lambda path: upt_fast.files.save_safetensors(path, {"w": torch.zeros(2)}, {}), "not a learner"),
-        (lambda path: upt_fast.files.save_safetensors(path, {}, {"upt_fast": "{"}), "not a learner"),
-        (lambda path: upt_fast.files.save_safetensors(path, {}, {"upt_fast": "[]"}), "not a learner"),
+        (lambda path: upt_fast.common.files.save_safetensors(path, {"w": torch.zeros(2)}, {}), "not a learner"),
+        (lambda path: upt_fast.common.files.save_safetensors(path, {}, {"upt_fast": "{"}), "not a learner"),
+        (lambda path: upt_fast.common.files.save_safetensors(path, {}, {"upt_fast": "[]"}), "not a learner"),
         (lambda path: rewrite(path, format_version=2), "format_version 2; this version reads 1"),
         (lambda path: rewrite(path, method="coop"), "method 'coop'; wanted 'upt'"),
         (lambda path: rewrite(path, config=None), "config"),

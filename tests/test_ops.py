@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.layout import BufferPlaces, PackedLayout

@@ -112,7 +112,7 @@ def test_wheel_works_away_from_the_repository(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "from pathlib import Path\nimport upt_fast, upt_fast.kernels\n"
-        "from upt_fast.verify import run_verify\n"
+        "from upt_fast.tools.verify import run_verify\n"
         "assert all(Path.cwd() / 'site' in Path(m.__file__).parents for m in (upt_fast, upt_fast.kernels))\n"
         "raise SystemExit(run_verify(None))"
     )

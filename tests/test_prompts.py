@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT, UPTConfig
-from upt_fast.closeness import max_error, relative_rms
-from upt_fast.files import load_safetensors
+from upt_fast.common.closeness import max_error, relative_rms
+from upt_fast.common.files import load_safetensors
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner
 from upt_fast.reference.model import ReferencePromptLearner

@@ -12,8 +12,8 @@ from torch import nn
 from upt_fast import FastPromptedCLIP
 from upt_fast.cli import main
 from upt_fast.clip.loading import LoadedCLIP, load_clip
-from upt_fast.closeness import max_error
-from upt_fast.files import load_safetensors, save_safetensors
+from upt_fast.common.closeness import max_error
+from upt_fast.common.files import load_safetensors, save_safetensors
 from upt_fast.released import (
     RELEASES,
     TOKEN_NAMES,
@@ -27,8 +27,8 @@ from upt_fast.released import (
 from upt_fast.released.commands import parse_options, read_classnames
 from upt_fast.saving import LEARNER_FILE
 from upt_fast.testing import golden_clip
+from upt_fast.tools.verify import method_of
 from upt_fast.train.checkpoint import STATE_FILE
-from upt_fast.verify import method_of
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(p.stem for p in GOLDEN.glob("*.json") if not p.stem.startswith(("clip_", "zsclip")))

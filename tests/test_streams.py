@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine.layout import PackedTiles
 from upt_fast.testing import random_clip, xformers_on_cpu
-from upt_fast.verify import run_verify
+from upt_fast.tools.verify import run_verify
 
 NAMES = ["cat", "dog", "aeroplane", "traffic light", "x"]
 GOLDEN = Path(__file__).parent / "golden"

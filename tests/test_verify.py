@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import upt_fast.verify
+import upt_fast.tools.verify
 from upt_fast import FastUPT, UPTConfig
-from upt_fast.closeness import max_error, relative_rms
+from upt_fast.common.closeness import max_error, relative_rms
+from upt_fast.common.files import load_safetensors
 from upt_fast.engine.fp8 import Fp8Weight
-from upt_fast.files import load_safetensors
 from upt_fast.testing import write_vectors
-from upt_fast.verify import DTYPES, TOLERANCES, measure, run_verify
+from upt_fast.tools.verify import DTYPES, TOLERANCES, measure, run_verify
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.json") if not path.stem.startswith("clip_"))
@@ -224,7 +224,7 @@ class NoGradient(FastUPT):
 
 @pytest.mark.parametrize("broken", [WrongLogits, WrongGradient, NoGradient])
 def test_a_wrong_engine_fails(vectors, monkeypatch, capsys, broken):
-    monkeypatch.setattr(upt_fast.verify, "FastPromptedCLIP", broken)
+    monkeypatch.setattr(upt_fast.tools.verify, "FastPromptedCLIP", broken)
     assert run_verify(vectors) == 1
     line = lines(capsys)["small"]
     reference, fast = (float(max(part.split()[1::2], key=float)) for part in line.split(": ")[1:])
@@ -244,7 +244,7 @@ class Rounded(FastUPT):
 def test_half_precision_is_judged_against_the_reference(vectors, monkeypatch, capsys, dtype):
     assert run_verify(vectors, dtype=dtype) in (0, 1)  # of one small file the ratio is chance
     assert "reference: outputs" in lines(capsys)["all"]
-    monkeypatch.setattr(upt_fast.verify, "FastPromptedCLIP", Rounded)
+    monkeypatch.setattr(upt_fast.tools.verify, "FastPromptedCLIP", Rounded)
     assert run_verify(vectors, dtype=dtype) == 1
     assert " FAIL " in lines(capsys)["all"]
 

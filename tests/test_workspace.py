@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops, workspace
 from upt_fast.engine.autograd import functions
 from upt_fast.engine.workspace import MemoryPool, Workspace, pieces

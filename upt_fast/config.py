@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from math import gcd
 from typing import Any, TypeVar
 
-from upt_fast.checks import require_bool, require_choice, require_int
+from upt_fast.common.checks import require_bool, require_choice, require_int
 
 PRESETS = ("paper", "released")
 CLASS_TOKEN_POSITIONS = ("end", "middle", "front")

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from upt_fast.checks import require_choice, require_int
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu
 from upt_fast.clip.tokens import (
@@ -23,6 +22,7 @@ from upt_fast.clip.tokens import (
     tokenize_template,
     tokenize_words,
 )
+from upt_fast.common.checks import require_choice, require_int
 from upt_fast.config import MethodConfig, UPTConfig
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.autograd import composing

@@ -14,8 +14,8 @@ from torch import nn
 from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.tokens import Tokenizer
 from upt_fast.clip.weights import ACTIVATION_TITLES
+from upt_fast.common.files import load_safetensors, save_safetensors
 from upt_fast.config import MethodConfig
-from upt_fast.files import load_safetensors, save_safetensors
 from upt_fast.methods import Method, find_method, list_methods, make_config
 from upt_fast.prompts.base import PromptLearner
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.tokens import ClassTokens, tokenize_words
+from upt_fast.common.files import load_safetensors
 from upt_fast.config import MethodConfig, UPTConfig
 from upt_fast.engine.backends import xformers
-from upt_fast.files import load_safetensors
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
 from upt_fast.reference.zeroshot import ReferenceZeroShot

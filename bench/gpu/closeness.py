@@ -13,7 +13,7 @@ from gpu.models import FAST, Clips, gradients, step
 from gpu.record import Task
 from torch import Tensor
 
-from upt_fast.closeness import excesses, relative_rms
+from upt_fast.common.closeness import excesses, relative_rms
 
 ALLOWED = 1.5  # times the error of the plain reference in the same precision
 # which rounds what; tf32 keeps as many digits of a factor as float16
@@ -28,7 +28,7 @@ class Closeness:
 
     Errors of one draw of images and prompts are dominated by a few directions, the ratio of two such errors by chance:
     squares are summed over several draws. Where one is above what is allowed all the same, it fails unless rounding
-    explains it (upt_fast/closeness.py): the plain one may happen to be small.
+    explains it (upt_fast/common/closeness.py): the plain one may happen to be small.
 
     Args:
         clips: where models come from.

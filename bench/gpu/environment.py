@@ -8,7 +8,7 @@ from gpu.machine import PRECISIONS, Machine
 from gpu.models import Clips
 from gpu.record import Task
 
-from upt_fast import info
+from upt_fast.tools import info
 
 
 def tasks(machine: Machine, clips: Clips) -> list[Task]:

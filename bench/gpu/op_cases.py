@@ -13,7 +13,7 @@ from gpu.machine import set_precision
 from gpu.models import NAME_LENGTHS
 from torch import Tensor
 
-from upt_fast.closeness import excesses, relative_rms
+from upt_fast.common.closeness import excesses, relative_rms
 from upt_fast.config import UPTConfig
 from upt_fast.engine import ops
 from upt_fast.engine.layout import BufferPlaces, PackedLayout
@@ -114,7 +114,7 @@ def errors(bound: Bound, forward: Callable[[], tuple[Tensor, ...]]) -> dict[str,
     """Relative RMS against float64, of outputs and gradients in turn, beside that of PyTorch's own operations.
 
     An error is allowed that is at most 1.5 times PyTorch's and half a unit in the last place; or, where few numbers or
-    sums that cancel make PyTorch's own a matter of luck, that rounding explains (upt_fast/closeness.py).
+    sums that cancel make PyTorch's own a matter of luck, that rounding explains (upt_fast/common/closeness.py).
 
     Args:
         bound: the op on its inputs, which has not run yet.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upt_fast.files import write_text
+from upt_fast.common.files import write_text
 
 # what became of a measurement; "failed": its numbers are wrong, "killed": its process died or ran out of time
 STATUSES = ("ok", "failed", "error", "skipped", "killed", "running")

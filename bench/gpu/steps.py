@@ -14,7 +14,7 @@ from gpu.record import Task
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from upt_fast.closeness import relative_rms
+from upt_fast.common.closeness import relative_rms
 
 # relative RMS between two right answers in the same precision; part "closeness" has the sharp bound
 CLOSE = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}

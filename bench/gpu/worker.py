@@ -15,8 +15,8 @@ from gpu.machine import Machine
 from gpu.models import Clips
 from gpu.record import PartFile, run_part
 
+from upt_fast.common.files import write_text
 from upt_fast.engine.backends import dispatch
-from upt_fast.files import write_text
 from upt_fast.testing import xformers_on_cpu
 
 TASKS = {

@@ -5,7 +5,7 @@ import torch
 from upt_fast.kernels import contrastive_loss as kernel
 from upt_fast.kernels._launch import record
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.reference import ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from upt_fast.kernels import gelu as kernel
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
 

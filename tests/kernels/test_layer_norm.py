@@ -5,7 +5,7 @@ import torch
 from upt_fast.kernels import _launch
 from upt_fast.kernels import layer_norm as kernel  # noqa: F401 registers the operators
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
 

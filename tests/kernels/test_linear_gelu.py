@@ -14,7 +14,7 @@ from upt_fast.kernels import linear_gelu as kernel
 from upt_fast.kernels._launch import SMALLEST_LIMIT, record, shared_limit
 from upt_fast.kernels.linear_gelu import TILES, Tile
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
 

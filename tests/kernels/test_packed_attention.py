@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from upt_fast.kernels import packed_attention as kernel
 from upt_fast.kernels.prompt_attention import attend
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.layout import TILE_ROWS, PackedLayout, PackedTiles
 from upt_fast.reference import ops as reference

@@ -8,7 +8,7 @@ import torch
 from upt_fast.kernels import _launch
 from upt_fast.kernels import prompt_insert as kernel
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from upt_fast.kernels.prompt_transform import _bwd, _fwd, prompt_transform
 
-from upt_fast.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.config import UPTConfig
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.unified import UnifiedPromptLearner

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upt_fast.closeness import max_error
-from upt_fast.files import load_safetensors
+from upt_fast.common.closeness import max_error
+from upt_fast.common.files import load_safetensors
 from upt_fast.reference import METHODS, ReferencePromptedCLIP
 from upt_fast.testing import golden_clip
 

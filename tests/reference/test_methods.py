@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from upt_fast.clip.tokens import clip_tokenizer
-from upt_fast.closeness import max_error
+from upt_fast.common.closeness import max_error
 from upt_fast.config import CoOpConfig, UPTConfig
 from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
 from upt_fast.testing import random_clip

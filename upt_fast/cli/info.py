@@ -16,8 +16,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Print what :func:`upt_fast.info.collect` found; 1 where UPT_FAST_BACKEND names a backend that cannot run here."""
-    from upt_fast.info import collect
+    """Print what tools/info.py found; 1 where UPT_FAST_BACKEND names a backend that cannot run here."""
+    from upt_fast.tools.info import collect
 
     found = collect()
     if options.json:

@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Check vectors, a line for each file."""
-    from upt_fast.verify import run_verify
+    from upt_fast.tools.verify import run_verify
 
     directory = None if options.directory is None else Path(options.directory)
     return run_verify(directory, options.device, options.dtype, options.backend)

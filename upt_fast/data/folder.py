@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from upt_fast.checks import require_choice
+from upt_fast.common.checks import require_choice
 from upt_fast.data.classnames import name_classes
 from upt_fast.data.tree import IMAGE_SUFFIXES, Folder, FolderTree, link_target, shorten
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.tiny_clip import MEAN, METADATA_KEY, STD, build_tiny_clip, limited_threads, load_tiny_tokenizer
+from upt_fast.common.files import atomic_path
 from upt_fast.demo.digits import (
     CLASS_NAMES,
     INK_COLOURS,
@@ -38,7 +39,6 @@ from upt_fast.demo.digits import (
     split_indices,
     to_model_input,
 )
-from upt_fast.files import atomic_path
 
 TEMPLATES = (
     "a photo of the digit {}.",

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from upt_fast.common.files import atomic_path
 from upt_fast.demo.digits import CLASS_NAMES
 from upt_fast.demo.methods import UNIMODAL_METHODS
 from upt_fast.demo.training import pick_rows
-from upt_fast.files import atomic_path
 
 SAMPLES = 24
 MARKERS = "osD^vP*X"

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.clip.tiny_clip import MEAN, STD, TINY_CLIP_NAME, limited_threads
+from upt_fast.common.files import write_text
 from upt_fast.demo.digits import CLASS_NAMES, load_split, to_model_input
 from upt_fast.demo.methods import DEFAULT_METHODS, DEMO_METHODS, TEMPLATE
 from upt_fast.demo.report import compare_with_unimodal, format_comparison, format_table, plot_accuracy, plot_samples
@@ -39,7 +40,6 @@ from upt_fast.demo.training import (
     pick_rows,
     run_trainings,
 )
-from upt_fast.files import write_text
 from upt_fast.methods import find_method
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast.checks import require_int
+from upt_fast.common.checks import require_int
 
 REPLAYS = 10  # of each way to lay a step out, when they are timed
 NOT_YET = "the first steps run eagerly"

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast.checks import require_choice
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_words
+from upt_fast.common.checks import require_choice
 from upt_fast.config import MethodConfig
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from upt_fast.checks import require_int
+from upt_fast.common.checks import require_int
+from upt_fast.common.files import atomic_path
 from upt_fast.config import DEFAULT_TEMPLATE, UPTConfig, ZeroShotConfig
-from upt_fast.files import atomic_path
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.released.file import LEARNER_ONLY, PREFIX, RELEASES
 from upt_fast.released.infer import infer_options

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from upt_fast.files import load_safetensors, save_safetensors, write_text
+from upt_fast.common.files import load_safetensors, save_safetensors, write_text
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from upt_fast.checks import require_choice, require_int
+from upt_fast.common.checks import require_choice, require_int
 from upt_fast.config import FOLDER_NAMES, MethodConfig
 from upt_fast.methods import Method, find_method
 

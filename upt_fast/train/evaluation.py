@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from upt_fast.checks import require_int
+from upt_fast.common.checks import require_int
 from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
 from upt_fast.data.transforms import build_eval_transform, build_normalize
 

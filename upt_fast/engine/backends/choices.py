@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from upt_fast.closeness import relative_rms
-from upt_fast.files import cache_folder, write_text
+from upt_fast.common.closeness import relative_rms
+from upt_fast.common.files import cache_folder, write_text
 
 logger = logging.getLogger("upt_fast")
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast.files import cache_folder
+from upt_fast.common.files import cache_folder
 
 logger = logging.getLogger("upt_fast")
 

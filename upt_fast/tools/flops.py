@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from upt_fast.checks import require_int
 from upt_fast.clip.frozen import FrozenBlock, FrozenCLIP
 from upt_fast.clip.loading import TINY_CLIP_NAME
 from upt_fast.clip.open_clip import frozen_clip, refuse
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template
+from upt_fast.common.checks import require_int
 from upt_fast.config import MethodConfig
 from upt_fast.engine.towers import PackedClasses, TextTower
 from upt_fast.methods import Method, find_method, list_methods

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upt_fast.checks import require_choice
-from upt_fast.closeness import max_error, relative_rms
+from upt_fast.common.checks import require_choice
+from upt_fast.common.closeness import max_error, relative_rms
+from upt_fast.common.files import load_safetensors
 from upt_fast.engine import fp8
-from upt_fast.files import load_safetensors
 from upt_fast.methods import find_method, list_methods
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.reference import ReferencePromptedCLIP

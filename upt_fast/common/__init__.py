@@ -1,0 +1,1 @@
+"""What every part of the package may use, and what uses none of them: checks, errors of results, files."""

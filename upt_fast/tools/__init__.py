@@ -1,0 +1,1 @@
+"""About an installation: what runs here (info), whether it is right (verify), what a step costs (flops)."""
