@@ -265,14 +265,14 @@ WRONG_SCALES = {
 
 @pytest.mark.parametrize("wrong", [None, *WRONG_SCALES])
 def test_fp8_fails_where_a_scale_is_wrong(monkeypatch, capsys, wrong):
-    """Rounding passes, with its ratio to the reference's in bfloat16 shown; a wrong scale or copy does not."""
+    """Rounding passes, with its ratio to that of bfloat16 shown; a wrong scale or copy does not."""
     quantize = Fp8Weight.quantize
     if wrong is not None:
         monkeypatch.setattr(Fp8Weight, "quantize", lambda weight: WRONG_SCALES[wrong](quantize(weight), weight))
     assert run_verify(None, dtype="fp8") == (wrong is not None)
     line = lines(capsys)["all"]
     assert (" FAIL " in line) == (wrong is not None)
-    words = line.replace("reference (bfloat16): ", "").replace("fast (fp8): ", "").split()
+    words = line.replace("rounding (bfloat16): ", "").replace("fast (fp8): ", "").split()
     errors, ratios = [float(word) for word in words if "e-" in word or "e+" in word], words[-2:]
     assert words[-3] == "ratio"
     for i in range(2):

@@ -30,7 +30,7 @@ from upt_fast.demo.methods import ALL_METHODS, DEFAULT_METHODS, DEMO_METHODS
 from upt_fast.demo.run import run_demo, zero_shot_logits
 from upt_fast.demo.training import DemoConfig, Training, accuracy_of, load_digits, predict, run_trainings
 
-ASSETS = files("upt_fast.demo") / "assets"
+ASSETS = files("upt_fast.clip") / "assets"
 
 
 @pytest.fixture(scope="module")
