@@ -11,19 +11,17 @@ load under either, and run less accurately under the wrong one. What can be know
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from upt_fast.clip.torchscript import is_archive, read_archive
+from upt_fast.common.files import UnreadableError, load_torch
+from upt_fast.common.messages import shorten
 
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 ACTIVATION_TITLES = {True: "QuickGELU", False: "GELU"}
@@ -110,18 +108,14 @@ def _load(path: Path) -> Any:
     if is_zip and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is cut short: a zip file without its end; copy or download it again")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a damaged file makes torch raise many kinds
-        named = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and named is not None:
+        return load_torch(path, mmap=is_zip)
+    except UnreadableError as error:
+        if error.foreign:
             raise ValueError(
-                f"{path} holds more than tensors: {named[1]}, which is not read, for objects can run code; "
+                f"{path} holds more than tensors: {error.foreign}, which is not read, for objects can run code; "
                 "wanted a file of the state dict alone"
             ) from error
-        lines = [line for line in str(error).splitlines() if line.strip() and "eights" not in line]  # of weights_only
-        reason = f" ({lines[0].strip()[:120]})" if lines and not isinstance(error, pickle.UnpicklingError) else ""
+        reason = f" ({error.reason})" if error.reason else ""
         raise ValueError(
             f"{path} is damaged or no file of weights{reason}; wanted a TorchScript archive of OpenAI's, "
             "a state dict that torch.save wrote, or safetensors"
@@ -163,14 +157,9 @@ def _differences(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
         for name in own
         if name in found and found[name].shape != own[name].shape
     ]
-    problems = [_some(shapes, 2)] if shapes else []
+    problems = [shorten(shapes, 2)] if shapes else []
     if missing := [name for name in own if name not in found]:
-        problems.append(f"the file lacks {_some(missing, 3)}")
+        problems.append(f"the file lacks {shorten(missing, 3)}")
     if unexpected := [name for name in found if name not in own]:
-        problems.append(f"the architecture has no {_some(unexpected, 3)}")
+        problems.append(f"the architecture has no {shorten(unexpected, 3)}")
     return "; ".join(problems)
-
-
-def _some(items: list[str], count: int) -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -63,3 +68,38 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+class UnreadableError(ValueError):
+    """A file that :func:`load_torch` does not read.
+
+    Args:
+        reason: in one line.
+        foreign: what it names that is no tensor; empty: the file is damaged, or another format.
+    """
+
+    def __init__(self, reason: str, foreign: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.foreign = reason, foreign
+
+
+def load_torch(path: Path, placeholders: Sequence[Any] = (), mmap: bool = False) -> Any:
+    """What torch.save wrote, on the CPU, by weights_only: nothing that the file names is imported or run.
+
+    Args:
+        path: the file.
+        placeholders: (class or function, "module.name") of what stands for objects that are known to be in such files.
+        mmap: read tensors when they are used; for zip files.
+    Raises:
+        UnreadableError: it holds more than tensors and placeholders, or cannot be read.
+    """
+    try:
+        with torch.serialization.safe_globals(list(placeholders)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged file makes torch raise many kinds
+        stripped = map(str.strip, str(error).splitlines())
+        lines = [line for line in stripped if line and "eights" not in line]  # without advice about weights_only
+        found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+        foreign = found[1] if found is not None and isinstance(error, pickle.UnpicklingError) else ""
+        raise UnreadableError((lines or [type(error).__name__])[0][:120], foreign) from error

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upt_fast.common.messages import shorten
 from upt_fast.config import FOLDER_NAMES
-from upt_fast.data.tree import shorten
 from upt_fast.data.wordnet import WORDNET_ID, wordnet_names
 
 EXAMPLES = 3  # of names that mean nothing

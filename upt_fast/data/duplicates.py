@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from upt_fast.common.messages import shorten
 from upt_fast.data.folder import ImageItem
 from upt_fast.data.sampling import FewShotSplit
-from upt_fast.data.tree import shorten
 
 PIECE = 1024  # bytes at the beginning, the middle and the end of a file
 NAMED = 5  # groups that a message names

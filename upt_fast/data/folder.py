@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from upt_fast.common.checks import require_choice
+from upt_fast.common.messages import shorten
 from upt_fast.data.classnames import name_classes
-from upt_fast.data.tree import IMAGE_SUFFIXES, Folder, FolderTree, link_target, shorten
+from upt_fast.data.tree import IMAGE_SUFFIXES, Folder, FolderTree, link_target
 
 SPLIT_FOLDERS = {  # in any case; also with "set" behind it: test_set, trainset
     "train": ("train", "training"),

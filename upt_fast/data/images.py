@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from upt_fast.data.tree import link_target, shorten
+from upt_fast.common.messages import shorten
+from upt_fast.data.tree import link_target
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")

@@ -6,7 +6,6 @@ Links are followed wherever they lead, but for those that lead back to a folder 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,10 +111,3 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
 def link_target(path: str | Path) -> str:
     """What to say of a link that leads nowhere."""
     return f"the link leads to {os.readlink(path)}, which is not there"
-
-
-def shorten(names: Iterable[object], limit: int = 10) -> str:
-    """The first names, comma-separated, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(str(name) for name in names[:limit]) + more

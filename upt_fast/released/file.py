@@ -6,16 +6,14 @@ few objects of known classes: each is read as an empty placeholder, and nothing 
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from upt_fast.common.files import UnreadableError, load_torch
 
 
 @dataclass(frozen=True)
@@ -162,19 +160,15 @@ def _load(path: Path) -> Any:
             "as it is: pass its folder as the checkpoint)"
         )
     try:
-        with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise many kinds
-        refused = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused is not None:
+        return load_torch(path, placeholders=_SAFE)
+    except UnreadableError as error:
+        if error.foreign:
             raise ValueError(
-                f"{path} holds more than tensors: {refused[1]}, which weights_only refuses, for objects can run code; "
-                "have whoever trained it save the tensors alone: "
+                f"{path} holds more than tensors: {error.foreign}, which weights_only refuses, for objects can run "
+                "code; have whoever trained it save the tensors alone: "
                 "torch.save({'state_dict': checkpoint['state_dict'], 'epoch': checkpoint['epoch']}, FILE)"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} is damaged or was not written by torch.save ({reason[:120]}); wanted a .pth.tar of a released "
+            f"{path} is damaged or was not written by torch.save ({error.reason}); wanted a .pth.tar of a released "
             "repository: copy or download it again"
         ) from error

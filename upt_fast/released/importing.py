@@ -13,7 +13,7 @@ from torch import Tensor
 from upt_fast.clip.loading import LoadedCLIP
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import clean_classnames
-from upt_fast.data.tree import shorten
+from upt_fast.common.messages import shorten
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.released.file import PREFIX, ReleasedCheckpoint, read_file
 from upt_fast.released.infer import choose_method, describe_options, infer_options

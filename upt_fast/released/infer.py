@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upt_fast.data.tree import shorten
+from upt_fast.common.messages import shorten
 from upt_fast.methods import find_method
 from upt_fast.released.file import RELEASES, ReleasedCheckpoint
 

@@ -225,9 +225,11 @@ def _verify_file(
             model.eval().load_state_dict(_state(tensors, model))
             error = measure(model, tensors, kind, rms, device)
             errors[name] = error if name not in errors else errors[name].worse(error)
-        if rms:
-            rows = fp8.ROWS if dtype == "fp8" else DTYPES[dtype]
-            errors["rounding"] = _rounding(file, sidecar["classnames"], arguments, tensors, rows, device)
+    if rms:
+        rows = fp8.ROWS if dtype == "fp8" else DTYPES[dtype]
+        errors["rounding"] = _rounding(
+            file, sidecar["classnames"], {"method": method, **options}, tensors, rows, device
+        )
     return errors
 
 

@@ -12,7 +12,7 @@ import logging
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -55,9 +55,6 @@ from upt_fast.train.setup import (
     without_copies,
 )
 from upt_fast.train.trainer import Trainer
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("upt_fast")
 

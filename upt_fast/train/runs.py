@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upt_fast.data.dataset import ImageDataset
 from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, list_folders
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.transforms import build_eval_transform
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.train.checkpoint import (
-    is_run,
-    read_json,
-)
+from upt_fast.train.checkpoint import is_run, read_json
 from upt_fast.train.classes import match_images, read_classes, shown_names
 from upt_fast.train.evaluation import Evaluation, device_of, evaluate
 from upt_fast.train.setup import (
@@ -28,9 +25,6 @@ from upt_fast.train.setup import (
     resolve_device,
     without_copies,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:

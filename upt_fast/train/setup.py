@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from upt_fast.common.messages import shorten
 from upt_fast.config import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.duplicates import Duplicates, drop_test_copies
@@ -18,18 +19,10 @@ from upt_fast.data.folder import FolderListing, ImageItem
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit
 from upt_fast.data.transforms import build_augmentation, build_eval_transform
-from upt_fast.data.tree import shorten
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.train.checkpoint import (
-    LOCK_FILE,
-    is_run,
-    read_json,
-)
+from upt_fast.train.checkpoint import LOCK_FILE, is_run, read_json
 from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("upt_fast")
 
