@@ -211,7 +211,7 @@ class FastPromptedCLIP(SavedWithCLIP):
         Returns:
             (C, e), or (B, C, e) by image.
         """
-        if not self.prompt_learner.by_image:
+        if not self.texts_by_image:
             features = self._class_features(None)
             return F.normalize(features, dim=-1) if normalize else features.clone()  # the cache stays ours
         if images is None:
@@ -223,7 +223,7 @@ class FastPromptedCLIP(SavedWithCLIP):
 
     def prompts(self, images: Tensor | None = None) -> dict[str, Tensor]:
         """The prompts by name, "text_ctx", "visual_ctx", "text_deep.0" and so on; images where they depend on those."""
-        if images is None or not self.prompt_learner.by_image:
+        if images is None or not self.texts_by_image:
             return self.prompt_learner.named_prompts()
         return self.prompt_learner.named_prompts(self.encode_image(images))
 
@@ -235,7 +235,7 @@ class FastPromptedCLIP(SavedWithCLIP):
         Returns:
             (B, C): exp(logit_scale) times the cosine of image and class features, plus the CLIP's logit_bias if any.
         """
-        if self.prompt_learner.by_image:
+        if self.texts_by_image:
             logits = self._logits_by_image(self.encode_image(images))
         else:
             prompts = self._prompts()
@@ -255,7 +255,7 @@ class FastPromptedCLIP(SavedWithCLIP):
         Returns:
             (), float32 (float64 in a float64 CLIP).
         """
-        if self.prompt_learner.by_image:
+        if self.texts_by_image:
             return F.cross_entropy(self(images).to(self.logit_scale.dtype), labels)
         prompts = self._prompts()
         with self._beside_images():
@@ -340,7 +340,7 @@ class FastPromptedCLIP(SavedWithCLIP):
 
     def _prompts(self) -> Prompts:
         """The prompts that do not depend on the image."""
-        return Prompts() if self.prompt_learner.by_image else self.prompt_learner()
+        return Prompts() if self.texts_by_image else self.prompt_learner()
 
     def _encode_image(self, images: Tensor, prompts: Prompts, normalize: bool = True) -> Tensor:
         visual, set_index = prompts.visual, None
