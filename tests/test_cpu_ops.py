@@ -453,6 +453,7 @@ def test_workspaces_are_needed_by_layer():
 
 
 def test_refusals(monkeypatch):
+    monkeypatch.delenv("UPT_FAST_CPU_OPS", raising=False)
     assert cpu_ops.refusal(torch.float64) == "float64 (take float32, bfloat16)"
     assert cpu_ops.refusal(torch.float32, 128) == "width 128 (run from 256)"
     assert "even" in cpu_ops.refusal(torch.bfloat16, 260, 20) or not torch.cpu._is_avx512_bf16_supported()
