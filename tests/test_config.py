@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from upt_fast.common.checks import require_choice, require_int
-from upt_fast.config import UPTConfig
+from upt_fast.methods.upt import UPTConfig
 
 
 def test_defaults_and_round_trip():

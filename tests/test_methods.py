@@ -14,10 +14,9 @@ from torch import nn
 from upt_fast import FastPromptedCLIP, FastUPT, list_methods, register_method
 from upt_fast.clip.tokens import clip_tokenizer
 from upt_fast.common.closeness import assert_rounded, max_error, relative_rms
-from upt_fast.config import MethodConfig
-from upt_fast.methods import BUILTIN_METHODS, find_method
+from upt_fast.methods import BUILTIN_METHODS, MethodConfig, find_method
 from upt_fast.prompts import LearnerSetting, PromptLearner, Prompts
-from upt_fast.reference import METHODS, ReferencePromptedCLIP
+from upt_fast.reference import TWINS, ReferencePromptedCLIP
 from upt_fast.testing import build, random_clip, xformers_on_cpu
 
 NAMES = ["cat", "golden_retriever", "hard-leaved pocket orchid", "dog"]
@@ -126,7 +125,7 @@ def assert_equal(got, wanted, tolerance: float = 1e-12) -> None:
 
 
 def test_all_methods_are_tried():
-    assert {method for method, _ in CASES.values()} == set(BUILTIN_METHODS) == set(METHODS) <= set(list_methods())
+    assert {method for method, _ in CASES.values()} == set(BUILTIN_METHODS) == set(TWINS) <= set(list_methods())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -219,16 +218,16 @@ def test_groups_of_images(text_batch, memory):
 
 def test_groups_follow_memory(monkeypatch):
     """Groups are of equal size and as few as the limit allows; without gradients more fits."""
-    import upt_fast.model
+    import upt_fast.texts
 
     _, fast = pair("cocoop")
     with_gradients, without = (sum(fast.text_tower.need(fast._classes, backward)) for backward in (True, False))
     assert without < with_gradients
-    monkeypatch.setattr(upt_fast.model, "TEXT_BYTES", 4 * with_gradients)
+    monkeypatch.setattr(upt_fast.texts, "TEXT_BYTES", 4 * with_gradients)
     assert [fast._group(batch) for batch in (1, 4, 5, 8, 9)] == [1, 4, 3, 4, 3]
     with torch.no_grad():
         assert fast._group(8) > 4
-    monkeypatch.setattr(upt_fast.model, "TEXT_BYTES", 1)
+    monkeypatch.setattr(upt_fast.texts, "TEXT_BYTES", 1)
     assert fast._group(8) == 1
 
 
@@ -488,7 +487,7 @@ def gain():
     import upt_fast.methods
 
     yield register_method(Gain)
-    upt_fast.methods._METHODS.pop("gain", None)
+    upt_fast.methods.registry._METHODS.pop("gain", None)
 
 
 def test_a_method_from_outside(gain, tmp_path):
@@ -510,7 +509,7 @@ def test_a_method_from_outside(gain, tmp_path):
     assert torch.equal(FastPromptedCLIP.load(path, make_clip(), tokenizer=read_tokenizer())(images), fast(images))
     import upt_fast.methods
 
-    del upt_fast.methods._METHODS["gain"]  # as in a process that has not imported it
+    del upt_fast.methods.registry._METHODS["gain"]  # as in a process that has not imported it
     with pytest.raises(ValueError, match=r"method 'gain' is not known here; wanted one of .*or the class"):
         FastPromptedCLIP.load(path, make_clip(), tokenizer=read_tokenizer())
     with pytest.raises(ValueError, match="method 'gain'; method='coop' was given"):
@@ -536,7 +535,7 @@ def test_registration_is_checked(gain):
 def test_providers_agree():
     clip = make_clip()
     images = images_for(clip)
-    for method in METHODS:
+    for method in TWINS:
         _, options = CASES[method]
         models = [
             build(p, clip, NAMES, method, tokenizer=read_tokenizer(), **options)

@@ -36,6 +36,9 @@ def test_recipes_are_the_folder_s_files():
     assert set(list_recipes()) == {*NUMBERS, "zeroshot"}
     named = {yaml.safe_load(recipe_path(name).read_text())["method"] for name in list_recipes()}
     assert named == set(BUILTIN_METHODS)
+    for name in BUILTIN_METHODS:
+        recipe = yaml.safe_load(recipe_path(find_method(name).recipe).read_text())
+        assert recipe["method"] == name
 
 
 @pytest.mark.parametrize("name", list_recipes())

@@ -12,8 +12,8 @@ from upt_fast import FastUPT, ReferenceUPT, UPTConfig
 from upt_fast.common.closeness import max_error, relative_rms
 from upt_fast.common.files import load_safetensors
 from upt_fast.prompts import LearnerSetting
-from upt_fast.prompts.unified import UnifiedPromptLearner
-from upt_fast.reference.model import ReferencePromptLearner
+from upt_fast.prompts.upt import UnifiedPromptLearner
+from upt_fast.reference.upt import ReferencePromptLearner
 from upt_fast.testing import golden_clip
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -70,7 +70,7 @@ def test_golden(capsys, dtype):
 
 def test_rounded_prompts_count(vectors, capsys):
     """A file with half.* is run with half_prompts as well, and fails where only that is wrong."""
-    from upt_fast.config import MaPLeConfig
+    from upt_fast.methods.maple import MaPLeConfig
 
     small = SMALL | {"text_layers": 2, "vision_layers": 2}
     write_vectors(vectors, "rounded", MaPLeConfig(depth=2), ["cat", "snow leopard"], small, images=2, method="maple")

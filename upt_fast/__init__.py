@@ -10,8 +10,8 @@ from upt_fast.version import __version__
 
 if TYPE_CHECKING:
     from upt_fast.clip import UnsupportedModelError
-    from upt_fast.config import MethodConfig, UPTConfig
-    from upt_fast.methods import list_methods, register_method
+    from upt_fast.methods import MethodConfig, list_methods, register_method
+    from upt_fast.methods.upt import UPTConfig
     from upt_fast.model import FastPromptedCLIP, FastUPT
     from upt_fast.prompts import PromptLearner, Prompts
     from upt_fast.reference import ReferencePromptedCLIP, ReferenceUPT
@@ -34,12 +34,12 @@ __all__ = [
 _HOMES = {
     "FastPromptedCLIP": "upt_fast.model",
     "FastUPT": "upt_fast.model",
-    "MethodConfig": "upt_fast.config",
+    "MethodConfig": "upt_fast.methods",
     "PromptLearner": "upt_fast.prompts",
     "Prompts": "upt_fast.prompts",
     "ReferencePromptedCLIP": "upt_fast.reference",
     "ReferenceUPT": "upt_fast.reference",
-    "UPTConfig": "upt_fast.config",
+    "UPTConfig": "upt_fast.methods.upt",
     "UnsupportedModelError": "upt_fast.clip",
     "list_methods": "upt_fast.methods",
     "register_method": "upt_fast.methods",

@@ -9,36 +9,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu
-from upt_fast.clip.tokens import (
-    Tokenizer,
-    clean_classnames,
-    list_classnames,
-    real_numbers,
-    tokenize_classnames,
-    tokenize_template,
-    tokenize_words,
-)
+from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames
 from upt_fast.common.checks import require_choice, require_int
-from upt_fast.config import MethodConfig, UPTConfig
 from upt_fast.engine import fp8, ops
-from upt_fast.engine.autograd import composing
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.graphs import GraphedStep
 from upt_fast.engine.memory import peak
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
-from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
-from upt_fast.methods import find_method, make_config
-from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
-from upt_fast.saving import SavedWithCLIP
+from upt_fast.methods import MethodConfig, find_method, make_config
+from upt_fast.methods.upt import UPTConfig
+from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
+from upt_fast.saving import SavedWithCLIP, use_released_names
+from upt_fast.texts import PromptedTexts
 
-# what the texts of one group of images may need at once, where they depend on the image
-TEXT_BYTES = 512 << 20
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -48,7 +35,7 @@ DTYPES = {
 }
 
 
-class FastPromptedCLIP(SavedWithCLIP):
+class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
     """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
     Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
@@ -70,7 +57,7 @@ class FastPromptedCLIP(SavedWithCLIP):
             "triton,xformers", which never fall back (upt_fast/engine/backends/dispatch.py).
         text_batch: for methods whose texts depend on the image: images whose texts run at once; more are computed
             group by group, and again in backward. None: as many as need 512 MiB.
-        options: the fields of the method's config (upt_fast/config.py).
+        options: the fields of the method's config (upt_fast/methods).
     Raises:
         ValueError: unknown method, unsupported model, bad option or class name; the message says what was wanted.
 
@@ -110,7 +97,10 @@ class FastPromptedCLIP(SavedWithCLIP):
         self.backend = dispatch.resolve(backend)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
-        self.prompt_learner = found.load()(self.config, _setting(clip, clean_classnames(classnames), tokenizer))
+        self.prompt_learner = found.load()(
+            self.config, LearnerSetting.of(clip, clean_classnames(classnames), tokenizer)
+        )
+        self._loss_terms = found.loss_terms
         if hasattr(self.prompt_learner, "backend"):
             object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
         self.text_tower = TextTower(clip.text, dtype, memory, self.backend, self.quantized)
@@ -120,14 +110,8 @@ class FastPromptedCLIP(SavedWithCLIP):
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
-        if composing.has_data(*self.prompt_learner.parameters()):
-            self.prompt_learner.to(clip.device, scalars)
-        else:
-            meta = clip.device.type == "meta" or any(p.is_meta for p in self.prompt_learner.parameters())
-            _cast_without_data(self.prompt_learner, "meta" if meta else clip.device, scalars)
-        if self.prompt_learner.state_prefix != "prompt_learner.":
-            self.register_state_dict_post_hook(_to_released_names)
-            self.register_load_state_dict_pre_hook(_from_released_names)
+        self.prompt_learner.place(clip.device, scalars)
+        use_released_names(self)
         self.clip_name: str | None = None
         self.clip_pretrained: str | None = None
         self.clip_quick_gelu = has_quick_gelu(clip)  # for checkpoints: a name alone does not say it
@@ -137,9 +121,6 @@ class FastPromptedCLIP(SavedWithCLIP):
         self._forget_features()
         self.set_classnames(classnames)
 
-    prompt_learner: PromptLearner
-    packed: nn.ModuleList  # of PackedClasses, one for each template or one
-    logit_scale: Tensor  # ()
     logit_bias: Tensor | None  # ()
     text_stream: torch.cuda.Stream | None = None  # upt_fast/engine/graphs.py
 
@@ -147,43 +128,6 @@ class FastPromptedCLIP(SavedWithCLIP):
     def texts_by_image(self) -> bool:
         """Whether class features depend on the images."""
         return self.prompt_learner.by_image
-
-    def set_classnames(self, classnames: Iterable[str]) -> None:
-        """Replace the classes; the prompts stay as they are.
-
-        Args:
-            classnames: C names, each short enough for the CLIP's context.
-        Raises:
-            ValueError: no names, an empty name, or one that is too long; class-specific prompts of another number of
-                classes. The classes stay as they were.
-        """
-        learner, tower = self.prompt_learner, self.text_tower
-        classnames = list_classnames(classnames)
-        names = clean_classnames(classnames)
-        learner.set_classnames(names)
-        context = self.text_context, self.tokenizer
-        if learner.templates is None:
-            tokens = [tokenize_classnames(classnames, learner.n_text, *context, learner.prefix)]
-        else:
-            tokens = [tokenize_template(classnames, template, *context) for template in learner.templates]
-        # in half precision each class's prompts are rounded on their own, as are their gradients
-        per_class = learner.text_per_class or (learner.half_prompts and learner.n_text > 0)
-        self.packed = nn.ModuleList(
-            tower.pack(t, learner.n_text, learner.class_token_position, per_class=per_class) for t in tokens
-        )
-        self.classnames = names
-        self._forget_features()
-
-    @property
-    def _classes(self) -> PackedClasses:
-        """The packed class names of a method with text prompts."""
-        (packed,) = self.packed
-        assert isinstance(packed, PackedClasses)
-        return packed
-
-    def _forget_features(self) -> None:
-        self._text_cache: tuple[list[Tensor], Tensor] | None = None  # in eval mode, of these parameters
-        self._fixed_features: Tensor | None = None  # of texts without prompts
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         if self.quantized:  # before anything has changed
@@ -235,19 +179,28 @@ class FastPromptedCLIP(SavedWithCLIP):
         Returns:
             (B, C): exp(logit_scale) times the cosine of image and class features, plus the CLIP's logit_bias if any.
         """
+        logits, _, _ = self._logits_and_features(images)
+        return logits
+
+    def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (B, C), and the normalised features that they come of: (B, e), and (C, e) or None by image."""
+        texts = None
         if self.texts_by_image:
-            logits = self._logits_by_image(self.encode_image(images))
+            features = self.encode_image(images)
+            logits = self._logits_by_image(features)
         else:
             prompts = self._prompts()
             with self._beside_images():
-                text_features = F.normalize(self._class_features(prompts), dim=-1)
-            image_features = self._encode_image(images, prompts)
+                texts = F.normalize(self._class_features(prompts), dim=-1)
+            features = self._encode_image(images, prompts)
             self._join_texts()
-            logits = self.logit_scale.exp() * image_features @ text_features.t()
-        return logits if self.logit_bias is None else logits + self.logit_bias
+            logits = self.logit_scale.exp() * features @ texts.t()
+        return (logits if self.logit_bias is None else logits + self.logit_bias), features, texts
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of :meth:`forward`'s logits, without storing them where a kernel computes it.
+        """Mean cross-entropy of :meth:`forward`'s logits, and what the method adds to it.
+
+        Where a kernel computes it, and the method adds nothing, no logits are stored.
 
         Args:
             images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
@@ -255,14 +208,50 @@ class FastPromptedCLIP(SavedWithCLIP):
         Returns:
             (), float32 (float64 in a float64 CLIP).
         """
-        if self.texts_by_image:
-            return F.cross_entropy(self(images).to(self.logit_scale.dtype), labels)
+        if self.texts_by_image or self._loss_terms is not None:
+            return self.loss_and_logits(images, labels)[0]
         prompts = self._prompts()
         with self._beside_images():
             classes = self._class_features(prompts)
         features = self._encode_image(images, prompts, normalize=False)
         self._join_texts()
         return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self.backend).mean()
+
+    def loss_and_logits(
+        self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    ) -> tuple[Tensor, Tensor]:
+        """What a training step minimises, and the logits.
+
+        Args:
+            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
+            labels: (B,) int64, indices of the class names.
+            loss: of logits (B, C) and labels (B,); the method's own terms come on top.
+        Returns:
+            the loss (), and the logits (B, C), float32 (float64 in a float64 CLIP).
+        """
+        scalars = self.logit_scale.dtype
+        if self._loss_terms is None:
+            logits = self(images).to(scalars)
+            return loss(logits, labels), logits
+        logits, features, texts = self._logits_and_features(images)
+        logits = logits.to(scalars)
+
+        def fixed_images() -> Tensor:
+            with torch.no_grad():
+                return self._encode_image(images, Prompts()).to(scalars)
+
+        terms = self._loss_terms(
+            self.prompt_learner,
+            Features(
+                images=features.to(scalars),
+                texts=None if texts is None else texts.to(scalars),
+                logits=logits,
+                labels=labels,
+                fixed_images=fixed_images,
+                fixed_texts=lambda templates: self.fixed_text_features(templates).to(scalars),
+            ),
+        )
+        return loss(logits, labels) + terms, logits
 
     def predict_peak_memory(self, batch_size: int) -> int:
         """Bytes that a training step is going to need at its peak, beside the weights and the images.
@@ -351,76 +340,6 @@ class FastPromptedCLIP(SavedWithCLIP):
         features = self.vision_tower(images, visual, set_index, self.prompt_learner.visual_after_ln_pre)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _encode_classes(self, prompts: Prompts | None) -> Tensor:
-        """(C, e) class features, computed now."""
-        text = (self._prompts() if prompts is None else prompts).text
-        if text is not None and self.prompt_learner.half_prompts:
-            text = text.expand(len(self.classnames), -1, -1, -1)
-            text = torch.cat([text[:, :1], text[:, 1:].half().to(text.dtype)], dim=1)
-        return self.text_tower(text, self._classes)
-
-    def _class_features(self, prompts: Prompts | None) -> Tensor:
-        """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
-        if self.prompt_learner.templates is not None:
-            if self._fixed_features is None and composing.composes():  # what a transform sees is not to be kept
-                return self._encode_templates()
-            if self._fixed_features is None:
-                self._fixed_features = self._encode_templates()
-            return self._fixed_features
-        parameters = list(self.prompt_learner.parameters())
-        if self.training or torch.is_grad_enabled() or composing.autocasts(self.logit_scale.device.type):
-            return self._encode_classes(prompts)
-        if composing.composes(self.logit_scale, *parameters):
-            return self._encode_classes(prompts)
-        # compared by value: a write through .data, which leaves no trace in version counters, is seen too
-        if self._text_cache is not None:
-            seen, features = self._text_cache
-            if len(seen) == len(parameters) and all(map(_same, seen, parameters)):
-                return features
-        features = self._encode_classes(prompts)
-        self._text_cache = ([p.detach().clone() for p in parameters], features)
-        return features
-
-    def _encode_templates(self) -> Tensor:
-        """(C, e) features of the fixed texts; of several templates the mean of the normalised ones."""
-        # kept from one call to the next: plain tensors in the CLIP's own precision wherever the first call is
-        device = self.logit_scale.device.type
-        precision = torch.autocast(device, enabled=False) if composing.autocasts(device) else contextlib.nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), precision:
-            features = [self.text_tower(None, packed) for packed in self.packed]
-            if len(features) == 1:
-                return features[0]
-            return torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0)
-
-    def _group(self, batch: int) -> int:
-        """Images whose texts run at once."""
-        if self.text_batch is not None:
-            return self.text_batch
-        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.prompt_learner.parameters())
-        fitting = max(1, TEXT_BYTES // sum(self.text_tower.need(self._classes, backward=grad)))
-        groups = -(-batch // fitting)
-        return max(1, -(-batch // max(1, groups)))  # of equal size
-
-    def _logits_by_image(self, image_features: Tensor) -> Tensor:
-        """(B, C) logits of normalised image features (B, e), each over class features of its own."""
-        text = self.prompt_learner(image_features).text
-        group = self._group(len(text))
-        if len(text) <= group:
-            return self._logits_of_group(text, image_features)
-        again = torch.is_grad_enabled() and text.requires_grad and not composing.composes(text)
-        return torch.cat(
-            [
-                checkpoint(self._logits_of_group, *part, use_reentrant=False, preserve_rng_state=False)
-                if again
-                else self._logits_of_group(*part)
-                for part in zip(text.split(group), image_features.split(group), strict=True)
-            ]
-        )
-
-    def _logits_of_group(self, text: Tensor, image_features: Tensor) -> Tensor:
-        classes = F.normalize(self.text_tower.for_sets(text, self._classes), dim=-1)  # (B, C, e)
-        return torch.matmul(classes, (self.logit_scale.exp() * image_features)[..., None])[..., 0]
-
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype of the towers by either of its names."""
@@ -429,52 +348,6 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
         raise ValueError(f"dtype={dtype!r}; wanted {', '.join(map(repr, DTYPES))} or PyTorch's dtype of the same")
     assert found is not None
     return found
-
-
-def _cast_without_data(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """nn.Module.to() for parameters that are on the meta device or fake, which it does not take."""
-    for part in module.modules():
-        for name, value in part._parameters.items():
-            if value is not None:
-                part._parameters[name] = nn.Parameter(value.detach().to(device, dtype), value.requires_grad)
-
-
-def _setting(clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
-    def embed_words(words: str, count: int) -> Tensor:
-        embedding = clip.text.token_embedding
-        with real_numbers():
-            ids = tokenize_words(words, count, clip.text.context, tokenizer).tolist()
-        return embedding[torch.tensor(ids, device=embedding.device)]
-
-    return LearnerSetting(
-        text_layers=len(clip.text.blocks),
-        text_width=clip.text.width,
-        vision_layers=len(clip.vision.blocks),
-        vision_width=clip.vision.width,
-        embed_dim=clip.embed_dim,
-        classnames=classnames,
-        embed_words=embed_words,
-    )
-
-
-def _to_released_names(model: FastPromptedCLIP, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Take the learner's own place out of the names in a state dict."""
-    ours, theirs = prefix + "prompt_learner.", prefix + model.prompt_learner.state_prefix
-    for name in [name for name in state if name.startswith(ours)]:
-        state[theirs + name.removeprefix(ours)] = state.pop(name)
-
-
-def _from_released_names(model: FastPromptedCLIP, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The inverse, for the names that the learner has; others stay, to be reported."""
-    ours, theirs = prefix + "prompt_learner.", prefix + model.prompt_learner.state_prefix
-    found = {
-        ours + name: state.pop(theirs + name) for name in model.prompt_learner.state_dict() if theirs + name in state
-    }
-    state.update(found)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class FastUPT(FastPromptedCLIP):

@@ -15,8 +15,7 @@ from upt_fast.clip.loading import LoadedCLIP, load_clip
 from upt_fast.clip.tokens import Tokenizer
 from upt_fast.clip.weights import ACTIVATION_TITLES
 from upt_fast.common.files import load_safetensors, save_safetensors
-from upt_fast.config import MethodConfig
-from upt_fast.methods import Method, find_method, list_methods, make_config
+from upt_fast.methods import Method, MethodConfig, find_method, list_methods, make_config
 from upt_fast.prompts.base import PromptLearner
 
 logger = logging.getLogger("upt_fast")
@@ -223,3 +222,26 @@ def _in_file(path: Path, read: Callable[[], T]) -> T:
         return read()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def use_released_names(model: SavedWithCLIP) -> None:
+    """Give a model's state dict the names of the released code, where those have no ``prompt_learner.`` in front."""
+    if model.prompt_learner.state_prefix != "prompt_learner.":
+        model.register_state_dict_post_hook(_to_released_names)
+        model.register_load_state_dict_pre_hook(_from_released_names)
+
+
+def _to_released_names(model: SavedWithCLIP, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take the learner's own place out of the names in a state dict."""
+    ours, theirs = prefix + "prompt_learner.", prefix + model.prompt_learner.state_prefix
+    for name in [name for name in state if name.startswith(ours)]:
+        state[theirs + name.removeprefix(ours)] = state.pop(name)
+
+
+def _from_released_names(model: SavedWithCLIP, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The inverse, for the names that the learner has; others stay, to be reported."""
+    ours, theirs = prefix + "prompt_learner.", prefix + model.prompt_learner.state_prefix
+    found = {
+        ours + name: state.pop(theirs + name) for name in model.prompt_learner.state_dict() if theirs + name in state
+    }
+    state.update(found)

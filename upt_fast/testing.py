@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from upt_fast.clip.tokens import ClassTokens, tokenize_words
 from upt_fast.common.files import load_safetensors
-from upt_fast.config import MethodConfig, UPTConfig
 from upt_fast.engine.backends import xformers
+from upt_fast.methods import MethodConfig
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
+from upt_fast.reference import TWINS, ReferencePromptedCLIP, ReferenceUPT
 from upt_fast.reference.zeroshot import ReferenceZeroShot
 
 
@@ -175,7 +175,7 @@ def build(
     """A method as one of PROVIDERS computes it: plain, plain with cut texts, or by the engine."""
     if provider == "fast":
         return FastPromptedCLIP(clip_model, classnames, method=method, **options)
-    kind: type[ReferencePromptedCLIP] = METHODS[method].reference
+    kind: type[ReferencePromptedCLIP] = TWINS[method]
     if provider == "truncated":
         kind = type(f"Truncated{kind.__name__.removeprefix('Reference')}", (_Truncated, kind), {})
     return kind(clip_model, classnames, **options)
@@ -291,10 +291,8 @@ def write_vectors(
     }
     options = config.to_dict()
     templates = options.pop("templates", None)
-    if isinstance(config, UPTConfig) and config.preset == "released":
-        options = {"CLASS_TOKEN_POSITION": config.class_token_position}
     sidecar = {
-        "method": "upt_paper" if isinstance(config, UPTConfig) and config.preset == "paper" else method,
+        "method": method,
         "clip_file": f"clip_{name}.safetensors",
         "clip_config": clip_config,
         "classnames": classnames,
@@ -315,8 +313,7 @@ def write_vectors(
 
 
 def _results(model: ReferencePromptedCLIP, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels)
+    loss, logits = model.loss_and_logits(images, labels)
     names, parameters = list(model.state_dict()), list(model.parameters())
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else ()
     return {

@@ -14,11 +14,11 @@ from gpu.models import NAME_LENGTHS
 from torch import Tensor
 
 from upt_fast.common.closeness import excesses, relative_rms
-from upt_fast.config import UPTConfig
 from upt_fast.engine import ops
 from upt_fast.engine.layout import BufferPlaces, PackedLayout
+from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import LearnerSetting
-from upt_fast.prompts.unified import UnifiedPromptLearner
+from upt_fast.prompts.upt import UnifiedPromptLearner
 
 EPS = 1e-5
 PREFIX = 5  # rows in front of each class: the start token and four prompts

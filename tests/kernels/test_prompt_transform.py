@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 from upt_fast.kernels.prompt_transform import _bwd, _fwd, prompt_transform
 
 from upt_fast.common.closeness import assert_rounded, relative_rms
-from upt_fast.config import UPTConfig
+from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import LearnerSetting
-from upt_fast.prompts.unified import UnifiedPromptLearner
+from upt_fast.prompts.upt import UnifiedPromptLearner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's bfloat16 is wrong

@@ -6,19 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from upt_fast.config import (
-    IMAGENET_SELECT,
-    CoCoOpConfig,
-    CoOpConfig,
-    IVLPConfig,
-    MaPLeConfig,
-    MVPTConfig,
-    UPTConfig,
-    VPTConfig,
-    ZeroShotConfig,
-    expand_templates,
-)
-from upt_fast.reference import METHODS
+from upt_fast.methods.cocoop import CoCoOpConfig
+from upt_fast.methods.coop import CoOpConfig
+from upt_fast.methods.ivlp import IVLPConfig, MVPTConfig
+from upt_fast.methods.maple import MaPLeConfig
+from upt_fast.methods.templates import IMAGENET_SELECT, expand_templates
+from upt_fast.methods.upt import UPTConfig
+from upt_fast.methods.vpt import VPTConfig
+from upt_fast.methods.zeroshot import ZeroShotConfig
+from upt_fast.reference import TWINS
 
 OTHERS = [
     UPTConfig("released", n_text=2),
@@ -33,7 +29,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("config", [*(m.config() for m in METHODS.values()), *OTHERS], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config", [*(m.config_class() for m in TWINS.values()), *OTHERS], ids=lambda c: type(c).__name__
+)
 def test_round_trip(config):
     again = type(config).from_options(json.loads(json.dumps(config.to_dict())))
     assert again == config
@@ -46,7 +44,7 @@ def test_round_trip(config):
 
 
 def test_defaults():
-    assert {name: method.config().to_dict() for name, method in METHODS.items() if name != "upt"} == {
+    assert {name: method.config_class().to_dict() for name, method in TWINS.items() if name != "upt"} == {
         "coop": {"n_ctx": 16, "ctx_init": None, "class_specific": False, "class_token_position": "end"},
         "cocoop": {"n_ctx": 4, "ctx_init": None},
         "vpt_shallow": {"n_ctx": 4, "templates": "a photo of a {}."},
@@ -63,7 +61,7 @@ def test_defaults():
         "mvpt": {"n_ctx": 8, "depth": None, "half_prompts": False, "templates": "a photo of a {}."},
         "zeroshot": {"templates": "a photo of a {}."},
     }
-    upt = METHODS["upt"].config().to_dict()
+    upt = TWINS["upt"].config_class().to_dict()
     assert upt == UPTConfig().to_dict() | dict(transform="transformer", shared=False, joint=False, layerwise=True)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from upt_fast.common.closeness import max_error
 from upt_fast.common.files import load_safetensors
-from upt_fast.reference import METHODS, ReferencePromptedCLIP
+from upt_fast.reference import TWINS, ReferencePromptedCLIP
 from upt_fast.testing import golden_clip
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,7 +65,7 @@ def build(name: str, tokenizer, dtype: torch.dtype = torch.float64, **more):
     model = ReferencePromptedCLIP(
         clip, sidecar["classnames"], method=method, tokenizer=tokenizer, **options, **more
     ).eval()
-    assert type(model) is METHODS[method].reference
+    assert type(model) is TWINS[method]
     prefix = "prompt_learner." if method in LEARNER_ONLY else ""
     state = {prefix + n[6:]: t.to(dtype) for n, t in tensors.items() if n.startswith("param.")}
     if "trainable" in sidecar:
@@ -108,7 +108,7 @@ def check(found, tensors, kind: str, prefix: str, tolerance: float = 1e-9) -> No
 
 
 def test_all_methods_are_recorded():
-    assert {method_of(name)[0] for name in FILES} == set(METHODS)
+    assert {method_of(name)[0] for name in FILES} == set(TWINS)
 
 
 def check_tokens(model, tensors) -> None:

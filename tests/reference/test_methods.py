@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from upt_fast.clip.tokens import clip_tokenizer
 from upt_fast.common.closeness import max_error
-from upt_fast.config import CoOpConfig, UPTConfig
-from upt_fast.reference import METHODS, ReferencePromptedCLIP, ReferenceUPT
+from upt_fast.methods import find_method
+from upt_fast.methods.coop import CoOpConfig
+from upt_fast.methods.upt import UPTConfig
+from upt_fast.reference import TWINS, ReferencePromptedCLIP, ReferenceUPT
 from upt_fast.testing import random_clip
 
 NAMES = ["cat", "golden_retriever", "hard-leaved pocket orchid"]
@@ -85,7 +87,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TWINS)
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_runs_on_any_clip(geometry, method):
     clip = make_clip(**geometry)
@@ -112,7 +114,7 @@ def test_runs_on_any_clip(geometry, method):
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TWINS)
 def test_half_precision_clip(method):
     clip = make_clip(torch.bfloat16)
     exact, model = (build(method, c, **OPTIONS[method]) for c in (make_clip(), clip))
@@ -465,11 +467,11 @@ def test_joint_is_coop_with_vpt(position):
 
 
 def test_one_class_for_each_method():
-    for method, (config, reference) in METHODS.items():
+    for method, reference in TWINS.items():
         model = fresh(method, **OPTIONS[method])
         assert type(model) is reference
         assert isinstance(model, ReferencePromptedCLIP)
-        assert type(model.config) is config
+        assert type(model.config) is find_method(method).config
         assert model.method == method
         again = reference(make_clip(), NAMES, tokenizer=read_tokenizer(), config=model.config, method=method)
         assert again.state_dict().keys() == model.state_dict().keys()
@@ -500,7 +502,7 @@ def test_a_method_by_another_name():
         ReferenceUPT(make_clip(), NAMES, method="coop")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TWINS)
 def test_classes_and_copies(method):
     model, images = build(method, **OPTIONS[method]), images_for(make_clip())
     logits = model(images)
@@ -516,7 +518,7 @@ def test_classes_and_copies(method):
     assert model(images).shape == (2, 2)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "zeroshot"])
+@pytest.mark.parametrize("method", [m for m in TWINS if m != "zeroshot"])
 def test_steps_lower_the_loss(method):
     model, images = fresh(method, **OPTIONS[method]), images_for(make_clip(), 3)
     labels = torch.tensor([0, 1, 2])

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 import upt_fast
 from upt_fast.cli import demo, eval, export_checkpoint, import_checkpoint, info, methods, predict, train, verify
 from upt_fast.cli.messages import EXIT_INTERRUPTED, Messages, failure, interrupted, say
-from upt_fast.methods import Method, find_method
+from upt_fast.methods import MAIN_METHOD, Method, find_method
 from upt_fast.train.options import flag, read_train_arguments
 
 # each with HELP, add_options(parser) and run(options); train's options are those of a method too
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Namespace:
-    method = find_method("upt")
+    method = find_method(MAIN_METHOD)
     if arguments[:1] == ["train"]:
         arguments, method = read_train_arguments(arguments)
     parser = _parser()

@@ -11,6 +11,7 @@ from upt_fast.common.files import atomic_path
 from upt_fast.demo.digits import CLASS_NAMES
 from upt_fast.demo.methods import UNIMODAL_METHODS
 from upt_fast.demo.training import pick_rows
+from upt_fast.methods import MAIN_METHOD
 
 SAMPLES = 24
 MARKERS = "osD^vP*X"
@@ -56,9 +57,9 @@ def compare_with_unimodal(results: dict[str, Any]) -> dict[str, Any] | None:
     """
     shots = max(results["config"]["shots"])
     largest = {entry["method"]: entry for entry in results["summary"] if entry["shots"] == shots}
-    if not {"upt", *UNIMODAL_METHODS} <= set(largest):
+    if not {MAIN_METHOD, *UNIMODAL_METHODS} <= set(largest):
         return None
-    upt = largest["upt"]
+    upt = largest[MAIN_METHOD]
     better = max((largest[name] for name in UNIMODAL_METHODS), key=lambda entry: entry["mean"])
     bar = better["mean"] - better["std"]
     return {
@@ -112,8 +113,8 @@ def plot_accuracy(results: dict[str, Any], path: Path) -> None:
             yerr=[entry["std"] for entry in entries],
             marker=MARKERS[i % len(MARKERS)],
             capsize=3,
-            linewidth=2.2 if name == "upt" else 1.3,
-            color="black" if name == "upt" else f"C{i}",
+            linewidth=2.2 if name == MAIN_METHOD else 1.3,
+            color="black" if name == MAIN_METHOD else f"C{i}",
             label=method["title"],
         )
     axes.axhline(results["zero_shot"]["accuracy"], color="tab:gray", linestyle="--", label="zero-shot CLIP")

@@ -25,7 +25,7 @@ from torch import Tensor
 from upt_fast.clip.tiny_clip import MEAN, STD, TINY_CLIP_NAME, limited_threads
 from upt_fast.common.files import write_text
 from upt_fast.demo.digits import CLASS_NAMES, load_split, to_model_input
-from upt_fast.demo.methods import DEFAULT_METHODS, DEMO_METHODS, TEMPLATE
+from upt_fast.demo.methods import DEFAULT_METHODS, DEMO_METHODS
 from upt_fast.demo.report import compare_with_unimodal, format_comparison, format_table, plot_accuracy, plot_samples
 from upt_fast.demo.training import (
     DOMAIN,
@@ -40,7 +40,8 @@ from upt_fast.demo.training import (
     pick_rows,
     run_trainings,
 )
-from upt_fast.methods import find_method
+from upt_fast.methods import MAIN_METHOD, find_method
+from upt_fast.methods.demo import TEMPLATE
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def _run(config: DemoConfig, run_dir: Path, workers: int, progress: bool) -> dic
     table = "\n\n".join(filter(None, (format_table(results), format_comparison(results))))
     write_text(run_dir / "table.md", table + "\n")
     plot_accuracy(results, run_dir / "accuracy.png")
-    shown = "upt" if "upt" in config.methods else config.methods[-1]
+    shown = MAIN_METHOD if MAIN_METHOD in config.methods else config.methods[-1]
     for training, outcome in zip(trainings, outcomes, strict=True):
         if not training.keep:
             continue

@@ -211,7 +211,7 @@ def train_prompts(
     model.train()
     for epoch in range(epochs):
         for rows in torch.randperm(len(images), generator=generator).split(config.batch_size):
-            loss = F.cross_entropy(model(augment(images[rows], generator)), labels[rows])
+            loss, _ = model.loss_and_logits(augment(images[rows], generator), labels[rows])
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"loss of {training.method}: got {loss.item()} in epoch {epoch}, wanted a finite one; lower lr={lr}"

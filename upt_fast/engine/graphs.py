@@ -40,7 +40,10 @@ class Trained(Protocol):
     def texts_by_image(self) -> bool:
         """Whether class features depend on the images, so that the towers cannot run side by side."""
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def loss_and_logits(
+        self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What a step minimises, and the logits."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
@@ -163,9 +166,7 @@ class GraphedStep:
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(images)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = self.loss(logits, labels)
+        loss, logits = self.model.loss_and_logits(images, labels, self.loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach(), logits.detach()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from upt_fast.config import MethodConfig
+from upt_fast.clip.frozen import FrozenCLIP
+from upt_fast.clip.tokens import Tokenizer, real_numbers, tokenize_words
+from upt_fast.engine.autograd import composing
+from upt_fast.methods.options import MethodConfig
+from upt_fast.methods.release import Release
 
 
 class Prompts(NamedTuple):
@@ -17,6 +21,28 @@ class Prompts(NamedTuple):
 
     text: Tensor | None = None  # (S, depth_text, n_text, d); with text_per_class (C, depth_text, n_text, d)
     visual: Tensor | None = None  # (S, depth_vision, n_visual, w)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a method's own terms of the loss may read of a batch; float32, or float64 in a float64 CLIP.
+
+    Args:
+        images: (B, e) features, L2-normalised.
+        texts: (C, e) features of the classes, L2-normalised; None where they depend on the image.
+        logits: (B, C).
+        labels: (B,) int64.
+        fixed_images: computes (B, e) features of the same images, without prompts and without gradients.
+        fixed_texts: computes (C, e) features of templates with {} for the class name, without gradients: of several
+            the mean; kept from one step to the next.
+    """
+
+    images: Tensor
+    texts: Tensor | None
+    logits: Tensor
+    labels: Tensor
+    fixed_images: Callable[[], Tensor]
+    fixed_texts: Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,26 @@ class LearnerSetting:
     classnames: tuple[str, ...] = ()
     embed_words: Callable[[str, int], Tensor] | None = None
 
+    @classmethod
+    def of(cls, clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
+        """That of a CLIP and its tokenizer, None being CLIP's own."""
+
+        def embed_words(words: str, count: int) -> Tensor:
+            embedding = clip.text.token_embedding
+            with real_numbers():
+                ids = tokenize_words(words, count, clip.text.context, tokenizer).tolist()
+            return embedding[torch.tensor(ids, device=embedding.device)]
+
+        return cls(
+            text_layers=len(clip.text.blocks),
+            text_width=clip.text.width,
+            vision_layers=len(clip.vision.blocks),
+            vision_width=clip.vision.width,
+            embed_dim=clip.embed_dim,
+            classnames=classnames,
+            embed_words=embed_words,
+        )
+
     def initial_context(self, count: int, words: str | None = None) -> Tensor:
         """(count, d): embeddings of the first tokens of some words, or N(0, 0.02) without words."""
         if words is None:
@@ -55,8 +101,8 @@ class PromptLearner(nn.Module):
 
     A subclass has a name (``method``), a class for its options (``config_class``) and a constructor that creates the
     parameters from (config, setting) and sets those of the attributes below that differ; its ``forward`` returns
-    :class:`Prompts`. ``@register_method`` makes it known (upt_fast/methods.py). The model casts the parameters to
-    float32, or float64 for a float64 CLIP, and everything else is the engine's.
+    :class:`Prompts`. ``@register_method`` makes it known (upt_fast/methods/registry.py). The model casts the
+    parameters to float32, or float64 for a float64 CLIP, and everything else is the engine's.
 
     Args:
         config: the options.
@@ -68,6 +114,9 @@ class PromptLearner(nn.Module):
     title: ClassVar[str] = ""  # in tables
     source: ClassVar[str] = ""  # the paper
     exact: ClassVar[str] = ""  # what it equals
+    release: ClassVar[Release | None] = None  # its published code
+    # (self, features: Features) -> (), what it adds to the cross-entropy of a batch; None: nothing
+    loss_terms: ClassVar[Any] = None
 
     # of the names in the model's state dict
     state_prefix: ClassVar[str] = "prompt_learner."
@@ -104,6 +153,18 @@ class PromptLearner(nn.Module):
                 for i, layer in enumerate(layers):
                     found[f"{tower}_ctx" if i == 0 else f"{tower}_deep.{i - 1}"] = layer
         return found
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """:meth:`to`, also for parameters that are on the meta device or fake, which that does not take."""
+        parameters = list(self.parameters())
+        if composing.has_data(*parameters):
+            self.to(device, dtype)
+            return
+        target = "meta" if device.type == "meta" or any(p.is_meta for p in parameters) else device
+        for part in self.modules():
+            for name, value in part._parameters.items():
+                if value is not None:
+                    part._parameters[name] = nn.Parameter(value.detach().to(target, dtype), value.requires_grad)
 
     def set_classnames(self, classnames: tuple[str, ...]) -> None:
         """Called before the classes change; a learner that cannot serve the new ones raises a ValueError."""

@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from upt_fast.config import CoCoOpConfig
+from upt_fast.methods.cocoop import CoCoOpConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from upt_fast.config import CoOpConfig
+from upt_fast.methods.coop import CoOpConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 

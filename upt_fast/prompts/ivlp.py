@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from upt_fast.config import IVLPConfig, MVPTConfig
+from upt_fast.methods.ivlp import IVLPConfig, MVPTConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 from upt_fast.prompts.zeroshot import FixedText
 

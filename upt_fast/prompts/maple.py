@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from upt_fast.config import MaPLeConfig
+from upt_fast.methods.maple import MaPLeConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 

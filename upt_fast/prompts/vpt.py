@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from upt_fast.config import VPTConfig
+from upt_fast.methods.vpt import VPTConfig
 from upt_fast.prompts.base import LearnerSetting, Prompts
 from upt_fast.prompts.zeroshot import FixedText
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from upt_fast.config import ZeroShotConfig
+from upt_fast.methods.templates import TemplatesConfig
+from upt_fast.methods.zeroshot import ZeroShotConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 
@@ -11,7 +12,7 @@ class FixedText(PromptLearner):
 
     state_prefix = ""
 
-    def __init__(self, config: ZeroShotConfig, setting: LearnerSetting) -> None:
+    def __init__(self, config: TemplatesConfig, setting: LearnerSetting) -> None:
         super().__init__(config, setting)
         self.templates = config.template_texts
 

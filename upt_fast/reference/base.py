@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip
-from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_words
+from upt_fast.clip.tokens import (
+    ClassTokens,
+    Tokenizer,
+    clean_classnames,
+    list_classnames,
+    tokenize_classnames,
+    tokenize_words,
+)
 from upt_fast.common.checks import require_choice
-from upt_fast.config import MethodConfig
+from upt_fast.methods.options import MethodConfig
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,23 +37,23 @@ class Prompts(NamedTuple):
     visual: Sequence[Tensor] = ()  # each (n_visual, w)
 
 
-TWINS: dict[str, type[ReferencePromptedCLIP]] = {}  # by the name of the method, from reference/model.py
+TWINS: dict[str, type[ReferencePromptedCLIP]] = {}  # every method's plain form, by its name
 
 
 class ReferencePromptedCLIP(nn.Module):
     """A frozen CLIP prompted by one of the published methods, plain: logits of images over class names.
 
-    ``ReferencePromptedCLIP(..., method="coop")`` builds that method's class (reference/model.py, METHODS). Only
-    prompts and their networks are parameters; their names in the state dict are those of the released code, for UPT,
-    CoOp and CoCoOp behind ``prompt_learner.``.
+    ``ReferencePromptedCLIP(..., method="coop")`` builds that method's class; a subclass that has a ``method`` of its
+    own is known by it. Only prompts and their networks are parameters; their names in the state dict are those of the
+    released code.
 
     Args:
         clip_model: open_clip ``CLIP`` or ``CustomTextCLIP`` with a ViT; frozen and put in eval mode in place.
         classnames: C class names; underscores become spaces.
-        method: "upt", "coop", "cocoop", "vpt_shallow", "vpt_deep", "maple", "ivlp", "mvpt" or "zeroshot".
+        method: a name of TWINS, which has all of :func:`upt_fast.list_methods` that this package brings.
         tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
         config: all options at once, instead of the keywords.
-        options: the fields of the method's config (upt_fast/config.py).
+        options: the fields of the method's config (upt_fast/methods).
     Raises:
         ValueError: unknown method, unsupported model, bad option or class name.
     """
@@ -64,6 +71,11 @@ class ReferencePromptedCLIP(nn.Module):
     half_prompts: bool = False  # visual and deep text prompts are rounded to float16, as are their gradients
 
     clip_model: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            TWINS[cls.method] = cls
 
     def __new__(cls, *args: Any, method: str = "upt", **options: Any) -> Self:
         if cls is not ReferencePromptedCLIP:
@@ -138,8 +150,27 @@ class ReferencePromptedCLIP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C) logits of images (B, 3, H, W)."""
+        return self.logits(*self.features(images))
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised features of images (B, 3, H, W) and classes: (B, e), and (C, e) or, by image, (B, C, e)."""
         prompts = self.tower_prompts()
-        return self.logits(self._encode_image(images, prompts.visual), self._encode_text(prompts.text))
+        return self._encode_image(images, prompts.visual), self._encode_text(prompts.text)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(): mean cross-entropy of the logits of images (B, 3, H, W), plus what the method adds to it."""
+        return self.loss_and_logits(images, labels)[0]
+
+    def loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`loss`, and the logits (B, C)."""
+        image_features, text_features = self.features(images)
+        logits = self.logits(image_features, text_features)
+        loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+        return loss + self.loss_terms(image_features, text_features), logits
+
+    def loss_terms(self, image_features: Tensor, text_features: Tensor) -> Tensor | float:
+        """What the method adds to the cross-entropy, of :meth:`features`."""
+        return 0.0
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, C) logits of normalised features (B, e), and (C, e) or, by image, (B, C, e)."""
@@ -228,6 +259,20 @@ class ReferencePromptedCLIP(nn.Module):
         if isinstance(model.text_projection, nn.Linear):
             return model.text_projection(x)
         return x if model.text_projection is None else x @ model.text_projection
+
+    def encode_fixed(self, texts: Sequence[ClassTokens]) -> Tensor:
+        """(C, e) features of fixed texts of the classes; of several texts each the mean of the normalised ones."""
+        embedding = self.text_model.token_embedding
+        features = []
+        # kept from one call to the next: computed as plain tensors in the CLIP's own precision wherever the first is
+        device = embedding.weight.device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            for tokens in texts:
+                ids = tokens.ids.to(embedding.weight.device)
+                features.append(self.run_text_tower(embedding(ids), tokens.pooled, (), ids[:, :0]))
+            if len(features) == 1:
+                return features[0]
+            return torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0)
 
     # the image tower
 

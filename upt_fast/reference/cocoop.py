@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.config import CoCoOpConfig
+from upt_fast.methods.cocoop import CoCoOpConfig
 from upt_fast.reference.base import ReferencePromptedCLIP
 
 
@@ -81,7 +81,7 @@ class ReferenceCoCoOp(ReferencePromptedCLIP):
         features = torch.stack([self.run_text_tower(embedded, self.tokens.pooled, (ctx,), rows) for ctx in contexts])
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C) logits of images (B, 3, H, W)."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, e) and (B, C, e) normalised features."""
         image_features = self.encode_image(images)
-        return self.logits(image_features, self._encode_by_image(image_features))
+        return image_features, self._encode_by_image(image_features)

@@ -14,7 +14,7 @@ from torch import nn
 
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.tokens import clean_classnames, list_classnames
-from upt_fast.config import CoOpConfig
+from upt_fast.methods.coop import CoOpConfig
 from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
 
 

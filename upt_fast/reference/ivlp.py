@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.config import IVLPConfig, MVPTConfig
+from upt_fast.methods.ivlp import IVLPConfig, MVPTConfig
 from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
 from upt_fast.reference.coop import CoOpLearner
 from upt_fast.reference.zeroshot import ReferenceZeroShot

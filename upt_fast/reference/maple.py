@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.config import MaPLeConfig
+from upt_fast.methods.maple import MaPLeConfig
 from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.config import VPTConfig
+from upt_fast.methods.vpt import VPTConfig
 from upt_fast.reference.base import Prompts
 from upt_fast.reference.zeroshot import ReferenceZeroShot
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.tokens import ClassTokens, clean_classnames, list_classnames, tokenize_template
-from upt_fast.config import ZeroShotConfig
+from upt_fast.methods.templates import TemplatesConfig
+from upt_fast.methods.zeroshot import ZeroShotConfig
 from upt_fast.reference.base import ReferencePromptedCLIP
 
 
@@ -21,8 +22,8 @@ class ReferenceZeroShot(ReferencePromptedCLIP):
     """
 
     method = "zeroshot"
-    config_class = ZeroShotConfig
-    config: ZeroShotConfig
+    config_class: ClassVar[type[TemplatesConfig]] = ZeroShotConfig
+    config: TemplatesConfig
     template_tokens: tuple[ClassTokens, ...]
 
     def build(self, frozen: FrozenCLIP, classnames: tuple[str, ...]) -> None:
@@ -45,18 +46,5 @@ class ReferenceZeroShot(ReferencePromptedCLIP):
     def _encode_text(self, prompts: Sequence[Tensor], normalize: bool = True) -> Tensor:
         """(C, e) features of the fixed texts; of several templates the mean of the normalised ones."""
         if self._features is None:
-            self._features = self._encode_templates()
+            self._features = self.encode_fixed(self.template_tokens)
         return F.normalize(self._features, dim=-1) if normalize else self._features.clone()
-
-    def _encode_templates(self) -> Tensor:
-        embedding = self.text_model.token_embedding
-        features = []
-        # kept from one call to the next: computed as plain tensors in the CLIP's own precision wherever the first is
-        device = embedding.weight.device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            for tokens in self.template_tokens:
-                ids = tokens.ids.to(embedding.weight.device)
-                features.append(self.run_text_tower(embedding(ids), tokens.pooled, (), ids[:, :0]))
-            if len(features) == 1:
-                return features[0]
-            return torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0)

@@ -38,7 +38,7 @@ def run_import(
         clip: open_clip's name of the CLIP, or "tiny-digits".
         pretrained: its tag, or a file.
         quick_gelu: its activation; None: as the tag, the file or else the name says.
-        method: one of RELEASES; None: found from the file.
+        method: one of :func:`upt_fast.methods.list_releases`; None: found from the file.
         options: "KEY=VALUE", values as in JSON, anything else a text.
     Raises:
         ValueError: as :func:`import_checkpoint`; a folder that holds a model or a run already; bad class names.

@@ -14,45 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from upt_fast.common.files import UnreadableError, load_torch
-
-
-@dataclass(frozen=True)
-class Release:
-    """A method in its repository.
-
-    Args:
-        registered: name of the object that the trainer saves, which is a folder of its output.
-        trainer: name of the trainer.
-        section: of its options, below cfg.TRAINER.
-    """
-
-    registered: str
-    trainer: str
-    section: str
-
-
-RELEASES: dict[str, Release] = {
-    "upt": Release("prompt_learner", "Unified_v6", "COOP"),
-    "coop": Release("prompt_learner", "CoOp", "COOP"),
-    "cocoop": Release("prompt_learner", "CoCoOp", "COCOOP"),
-    "vpt_shallow": Release("model", "VPT_shallow", "COOP"),
-    "vpt_deep": Release("model", "VPT_deep", "COOP"),
-    "maple": Release("MultiModalPromptLearner", "MaPLe", "MAPLE"),
-    "ivlp": Release("VLPromptLearner", "IVLP", "IVLP"),
-    "mvpt": Release("prompt_learner", "VPT", "VPT"),
-}
-
-
-# whose registered object is the prompt learner; of the others it is the whole model
-LEARNER_ONLY = ("upt", "coop", "cocoop")
-
+from upt_fast.methods.release import ReleasedTensors
 
 PREFIX = "prompt_learner."
-
-
 TOKEN_NAMES = ("token_prefix", "token_suffix", "tokenized_prompts")
-
-
 FROZEN = ("image_encoder.", "text_encoder.", "clip_model.")
 
 
@@ -107,6 +72,13 @@ class ReleasedCheckpoint:
     frozen: int
     whole: bool
     epoch: int | None
+
+    def tensors(self, context_length: int, vision_layers: int) -> ReleasedTensors:
+        """The shapes, with those of the CLIP at hand that they are to be read with."""
+        shapes, tokens = (
+            {name: tuple(value.shape) for name, value in kind.items()} for kind in (self.trained, self.tokens)
+        )
+        return ReleasedTensors(shapes, tokens, self.whole, context_length, vision_layers)
 
 
 def read_file(path: Path) -> ReleasedCheckpoint:

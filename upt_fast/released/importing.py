@@ -14,6 +14,7 @@ from upt_fast.clip.loading import LoadedCLIP
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import clean_classnames
 from upt_fast.common.messages import shorten
+from upt_fast.methods import list_releases
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.released.file import PREFIX, ReleasedCheckpoint, read_file
 from upt_fast.released.infer import choose_method, describe_options, infer_options
@@ -79,7 +80,7 @@ def import_checkpoint(
         path: ``model.pth.tar-<epoch>``, ``model-best.pth.tar``, or a torch.save'd state dict.
         clip: the CLIP that it was trained on.
         classnames: the C class names in the order of training; underscores become spaces.
-        method: one of RELEASES; None: found from the file's names and shapes.
+        method: one of :func:`upt_fast.methods.list_releases`; None: found from the file's names and shapes.
         options: fields of the method's config that no shape tells: ctx_init, class_token_position, half_prompts,
             templates, attention_heads; n_text of UPT.
     Raises:
@@ -124,12 +125,12 @@ def _import(
     options: dict[str, Any],
 ) -> Imported:
     frozen = frozen_clip(clip.model)
-    method = choose_method(found, method, len(frozen.vision.blocks))
-    inferred = infer_options(method, found.trained, options, found.tokens, frozen.text.context.length)
+    tensors = found.tensors(frozen.text.context.length, len(frozen.vision.blocks))
+    method = choose_method(tensors, method)
+    inferred = infer_options(method, tensors, options)
     config, checked = check_texts(found, clip, classnames, method, inferred, options)
     model = FastPromptedCLIP.from_loaded(clip, classnames, method=method, config=config)
-    # the release's VPT owns a network of a loss whose weight is 0
-    unused = [name for name in found.trained if method == "vpt_shallow" and name.startswith("mlp.")]
+    unused = tensors.matching(*list_releases()[method].unused)
     own = {name.removeprefix(PREFIX): value for name, value in model.state_dict().items()}
     _check_names(own, {name: value for name, value in found.trained.items() if name not in unused})
     model.load_state_dict(

@@ -11,8 +11,7 @@ from torch import Tensor
 from upt_fast.clip.loading import LoadedCLIP
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import ClassTokens, tokenize_classnames
-from upt_fast.config import MethodConfig, ZeroShotConfig, split_words
-from upt_fast.methods import find_method
+from upt_fast.methods import MethodConfig, find_method, list_releases
 from upt_fast.released.file import ReleasedCheckpoint
 
 
@@ -25,20 +24,13 @@ def check_texts(
     options: Mapping[str, Any],
 ) -> tuple[MethodConfig, bool]:
     """The config, with the initial words that the token buffers tell, and whether there were buffers to check."""
-    kind = find_method(method).config
+    kind, release = find_method(method).config, list_releases()[method]
     given = {**options, **inferred}
     config: Any = kind.from_options(given)
-    if isinstance(config, ZeroShotConfig):
+    if getattr(config, "n_text", 0) == 0:  # fixed texts
         return config, False
-    words = split_words(options.get("ctx_init"))
-    if method in ("coop", "cocoop") and words and (found.trained["ctx"].ndim == 3 or len(words) != inferred["n_ctx"]):
-        raise ValueError(
-            f"ctx_init={options['ctx_init']!r} has {len(words)} words; ctx is {tuple(found.trained['ctx'].shape)}: "
-            "wanted as many words as rows, one context for all classes, or no ctx_init"
-        )
-    candidates = [config]
-    if method in ("maple", "ivlp") and "ctx_init" not in options:
-        candidates.append(kind.from_options({**given, "ctx_init": None}))  # random start: no words beyond the prompts
+    guesses = [guess for guess in release.guesses if not guess.keys() & options.keys()]
+    candidates = [config, *(kind.from_options({**given, **guess}) for guess in guesses)]
     if not found.tokens:
         return config, False
     problems = []

@@ -32,11 +32,10 @@ from upt_fast.clip.loading import TINY_CLIP_NAME
 from upt_fast.clip.open_clip import frozen_clip, refuse
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template
 from upt_fast.common.checks import require_int
-from upt_fast.config import MethodConfig
 from upt_fast.engine.towers import PackedClasses, TextTower
-from upt_fast.methods import Method, find_method, list_methods
-from upt_fast.model import TEXT_BYTES
+from upt_fast.methods import Method, MethodConfig, find_method, list_methods
 from upt_fast.prompts import LearnerSetting, PromptLearner, Prompts
+from upt_fast.texts import TEXT_BYTES
 
 
 @dataclass(frozen=True)
@@ -408,7 +407,7 @@ def method_costs(clip: str, classes: int, batch_size: int) -> list[dict[str, Any
         rows.append(row)
         try:
             method = find_method(name)
-            row |= {"title": method.title, "source": method.source, "exact": method.exact}
+            row |= {"title": method.title, "source": method.source, "exact": method.exact, "recipe": method.recipe}
             cost = step_cost(frozen, classnames, method, method.config.from_options({}), batch_size, tokenizer)
         except (ValueError, TypeError) as error:  # it does not fit this CLIP, or needs options
             row["error"] = str(error)

@@ -22,18 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.common.checks import require_choice
 from upt_fast.common.closeness import RoundingErrors, max_error, relative_rms
 from upt_fast.common.files import load_safetensors
 from upt_fast.engine import fp8
-from upt_fast.methods import find_method, list_methods
+from upt_fast.methods import find_recorded, list_methods
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.reference import ReferencePromptedCLIP
 from upt_fast.reference.zeroshot import ReferenceZeroShot
-from upt_fast.released.options import FILE_METHODS, RELEASED_OPTIONS
 from upt_fast.testing import golden_clip
 
 DTYPES = {
@@ -92,23 +90,17 @@ def method_of(sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[str,
         sidecar: the file's JSON.
         tensors: its tensors; the released UPT's prompt counts are read off them.
     """
-    name = next((ours for theirs, ours in FILE_METHODS.items() if sidecar["method"].startswith(theirs)), None)
-    if name is None and sidecar["method"] in list_methods():
-        name = sidecar["method"]
-    if name is None:
+    method = find_recorded(sidecar["method"])
+    if method is None:
         return None
     given = sidecar.get("options", {})
-    theirs = RELEASED_OPTIONS.get(name, {})
+    theirs = method.release.options if method.release is not None else {}
     options = {theirs.get(key, key): value for key, value in given.items() if key in theirs or not key.isupper()}
-    if sidecar.get("templates") and any(f.name == "templates" for f in dataclasses.fields(find_method(name).config)):
+    if sidecar.get("templates") and any(f.name == "templates" for f in dataclasses.fields(method.config)):
         options["templates"] = sidecar["templates"]
-    if name == "upt" and sidecar["method"].startswith("upt_paper"):
-        options["preset"] = "paper"
-    elif name == "upt" and "preset" not in options:
-        count = tensors["param.uni_ctx"].shape[1]
-        n_text = len(tensors["mid.text_ctx"]) if "mid.text_ctx" in tensors else count // 2
-        options |= {"preset": "released", "n_text": n_text, "n_visual": count - n_text}
-    return name, options
+    if method.recorded_options is not None:
+        options |= method.recorded_options(sidecar["method"], options, tensors)
+    return method.name, options
 
 
 def run_verify(directory: Path | None, device: str = "cpu", dtype: str = "float64", backend: str = "auto") -> int:
@@ -306,8 +298,7 @@ def measure(model: Model, tensors: dict[str, Tensor], kind: str = "", rms: bool 
     if not kind:
         wanted |= {n: t for n, t in tensors.items() if n.startswith("mid.")}
     images, labels = (tensors[name].to(device) for name in ("images", "labels"))
-    logits = model(images)
-    loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    loss, logits = model.loss_and_logits(images, labels)
     if loss.requires_grad:
         loss.backward()
     with torch.no_grad():

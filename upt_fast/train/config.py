@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from upt_fast.common.checks import require_choice, require_int
-from upt_fast.config import FOLDER_NAMES, MethodConfig
-from upt_fast.methods import Method, find_method
+from upt_fast.config import FOLDER_NAMES
+from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method
 
 # what may change between a run and its resumption: where things are and how they are computed, not what is computed
 FREE_ON_RESUME = frozenset(
@@ -66,7 +66,7 @@ class TrainConfig:
     method: str = _option(
         "what is learned: a name that upt-fast methods lists, or FILE.py:CLASS of your own; --method NAME --help shows "
         "the options of that method",
-        "upt",
+        MAIN_METHOD,
     )
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "the method's own options by name; those left out have their defaults"}

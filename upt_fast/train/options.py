@@ -13,8 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from upt_fast.config import MethodConfig
-from upt_fast.methods import BUILTIN_METHODS, Method, find_method
+from upt_fast.methods import BUILTIN_METHODS, MAIN_METHOD, Method, MethodConfig, find_method
 from upt_fast.train.config import check_option_names
 from upt_fast.train.recipes import recipe_path
 
@@ -46,7 +45,7 @@ def read_train_arguments(arguments: list[str]) -> tuple[list[str], Method]:
     named = [value for _, value in _values(arguments, "--method")]
     if not named:
         named = [name for name in map(_method_in, configs) if name is not None]
-    method = find_method(named[-1] if named else "upt")
+    method = find_method(named[-1] if named else MAIN_METHOD)
     arguments = _join_lists(arguments, method.config)
     return [*arguments, "--method", named[-1]] if named else arguments, method
 

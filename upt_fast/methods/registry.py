@@ -1,9 +1,8 @@
 """Every method by its name, those of this package and those that others register. Imports no torch by itself.
 
-A method is a prompt learner: a class of :class:`upt_fast.prompts.PromptLearner` with a name and a config. A class that
-:func:`register_method` has seen is known by its name; one that an installed package declares as an entry point of the
-group "upt_fast.methods" is, too; and ``FILE.py:CLASS`` or ``package.module:CLASS`` names one from outside
-(docs/methods.md).
+Each module of this folder declares what it has as ``METHODS``. A prompt learner that :func:`register_method` has seen
+is known by its name; one that an installed package declares as an entry point of the group "upt_fast.methods" is, too;
+and ``FILE.py:CLASS`` or ``package.module:CLASS`` names one from outside (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -11,111 +10,34 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from upt_fast import config as configs
-from upt_fast.config import MethodConfig
+from upt_fast.methods.method import Method
+from upt_fast.methods.options import MethodConfig
+from upt_fast.methods.release import Release
 
 if TYPE_CHECKING:
     from upt_fast.prompts import PromptLearner
 
+MAIN_METHOD = "upt"  # where none is named
 ENTRY_POINTS = "upt_fast.methods"
+# what a learner from outside may declare, by the same names
+DECLARATIONS = ("title", "source", "exact", "loss_terms", "release")
 L = TypeVar("L", bound="type[PromptLearner]")
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method.
-
-    Args:
-        name: as in ``method="coop"``.
-        title: as in tables.
-        config: class of its options.
-        learner: the prompt learner, or where it is, as "module:class": read when it is needed, because it needs torch.
-        source: the paper.
-        exact: what it equals.
-    """
-
-    name: str
-    title: str
-    config: type[MethodConfig]
-    learner: str | type[PromptLearner]
-    source: str = ""
-    exact: str = ""
-
-    def load(self) -> type[PromptLearner]:
-        """The prompt learner's class."""
-        if not isinstance(self.learner, str):
-            return self.learner
-        module, _, name = self.learner.partition(":")
-        found: type[PromptLearner] = getattr(importlib.import_module(module), name)
-        return found
+def _builtin_methods() -> dict[str, Method]:
+    """What the modules of this folder declare, in the order of lists."""
+    found: list[Method] = []
+    for module in pkgutil.iter_modules(sys.modules[__package__].__path__, f"{__package__}."):
+        found += getattr(importlib.import_module(module.name), "METHODS", ())
+    return {method.name: method for method in sorted(found, key=lambda method: method.order)}
 
 
-UPT_RELEASE, MAPLE_RELEASE = "its release with UPT", "its release with MaPLe"
-_METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            "upt",
-            "UPT",
-            configs.UPTConfig,
-            "upt_fast.prompts.unified:UnifiedPromptLearner",
-            "arXiv 2210.07225",
-            "the paper's equations; preset 'released': the authors' code",
-        ),
-        Method("coop", "CoOp", configs.CoOpConfig, "upt_fast.prompts.coop:CoOp", "arXiv 2109.01134", UPT_RELEASE),
-        Method(
-            "cocoop", "CoCoOp", configs.CoCoOpConfig, "upt_fast.prompts.cocoop:CoCoOp", "arXiv 2203.05557", UPT_RELEASE
-        ),
-        Method(
-            "vpt_shallow",
-            "VPT-shallow",
-            configs.VPTConfig,
-            "upt_fast.prompts.vpt:ShallowVPT",
-            "arXiv 2203.12119",
-            UPT_RELEASE,
-        ),
-        Method(
-            "vpt_deep", "VPT-deep", configs.VPTConfig, "upt_fast.prompts.vpt:DeepVPT", "arXiv 2203.12119", UPT_RELEASE
-        ),
-        Method(
-            "maple",
-            "MaPLe",
-            configs.MaPLeConfig,
-            "upt_fast.prompts.maple:MaPLe",
-            "arXiv 2210.03117",
-            "the authors' code; its float16 rounding with half_prompts",
-        ),
-        Method(
-            "ivlp",
-            "IVLP",
-            configs.IVLPConfig,
-            "upt_fast.prompts.ivlp:IVLP",
-            "arXiv 2210.03117",
-            f"{MAPLE_RELEASE}; its float16 rounding with half_prompts",
-        ),
-        Method(
-            "mvpt",
-            "VPT (MaPLe's)",
-            configs.MVPTConfig,
-            "upt_fast.prompts.ivlp:MVPT",
-            "arXiv 2210.03117",
-            f"{MAPLE_RELEASE}; its float16 rounding with half_prompts",
-        ),
-        Method(
-            "zeroshot",
-            "zero-shot CLIP",
-            configs.ZeroShotConfig,
-            "upt_fast.prompts.zeroshot:ZeroShot",
-            "arXiv 2103.00020",
-            "CLIP on written texts, one template or the mean of several",
-        ),
-    )
-}
+_METHODS = _builtin_methods()
 BUILTIN_METHODS = tuple(_METHODS)
 
 
@@ -123,7 +45,8 @@ def register_method(learner: L) -> L:
     """Make a prompt learner known by its ``method`` name; a class decorator.
 
     Args:
-        learner: a subclass of PromptLearner with ``method`` and ``config_class``; may have ``title`` and ``source``.
+        learner: a subclass of PromptLearner with ``method`` and ``config_class``; may have ``title``, ``source``,
+            ``loss_terms`` and ``release`` (upt_fast/methods/method.py).
     Returns:
         the class.
     Raises:
@@ -139,8 +62,8 @@ def register_method(learner: L) -> L:
     known = _METHODS.get(name)
     if known is not None and (isinstance(known.learner, str) or _place(known.learner) != _place(learner)):
         raise ValueError(f"method {name!r} exists already; give {learner.__name__} another name")
-    title = getattr(learner, "title", "") or name
-    _METHODS[name] = Method(name, title, config, learner, getattr(learner, "source", ""), getattr(learner, "exact", ""))
+    declared = {key: getattr(learner, key) for key in DECLARATIONS if getattr(learner, key, None)}
+    _METHODS[name] = Method(name, **({"title": name} | declared), config=config, learner=learner)
     return learner
 
 
@@ -154,6 +77,20 @@ def list_methods() -> list[str]:
     """Names of all methods known here: this package's, registered ones, installed packages'."""
     installed = [point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
     return [*_METHODS, *(name for name in installed if name not in _METHODS)]
+
+
+def list_releases() -> dict[str, Release]:
+    """The published code of each known method that has some."""
+    return {name: method.release for name, method in _METHODS.items() if method.release is not None}
+
+
+def find_recorded(name: str) -> Method | None:
+    """The method of recorded vectors: by its name, else the longest of names recorded that this one begins with."""
+    if name in list_methods():
+        return find_method(name)
+    names = {known: method for method in _METHODS.values() for known in (method.name, *method.recorded_as)}
+    fitting = [known for known in names if name.startswith(known)]
+    return names[max(fitting, key=len)] if fitting else None
 
 
 def find_method(name: str | type[PromptLearner]) -> Method:
@@ -182,15 +119,14 @@ def find_method(name: str | type[PromptLearner]) -> Method:
 
 
 def _load_class(place: str) -> type[PromptLearner]:
-    from upt_fast.prompts import PromptLearner
-
     where, _, name = place.rpartition(":")
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # someone else's code raises what it likes
         raise ValueError(f"method={place!r}: cannot import {where}: {type(error).__name__}: {error}") from error
     learner = getattr(module, name, None)
-    if not (isinstance(learner, type) and issubclass(learner, PromptLearner)):
+    prompts: Any = sys.modules.get("upt_fast.prompts")  # whose PromptLearner a learner's module has imported
+    if not (isinstance(learner, type) and prompts and issubclass(learner, prompts.PromptLearner)):
         raise ValueError(f"method={place!r}: {name!r} in {where} is {learner!r}; wanted a subclass of PromptLearner")
     return learner
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenCLIP
-from upt_fast.config import UPTConfig
+from upt_fast.methods.upt import UPTConfig
 from upt_fast.reference.base import Prompts, ReferencePromptedCLIP
 
 

@@ -1,6 +1,6 @@
 """Unified Prompt Tuning's learner (arXiv 2210.07225): one set of prompts per layer, one transform for all layers.
 
-Parameters, their names and their initial values under a seed are those of reference/model.py. Here the transform runs
+Parameters, their names and their initial values under a seed are those of reference/upt.py. Here the transform runs
 as few products over the prompts of all layers; in the released form attention over sequences of length one is the
 linear map W_o (W_v u + b_v) + b_o, so queries and keys, whose gradients are zero, are not computed.
 """
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upt_fast.config import UPTConfig
 from upt_fast.engine.backends import dispatch
+from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts.base import LearnerSetting, PromptLearner, Prompts
 
 

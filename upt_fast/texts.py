@@ -1,0 +1,161 @@
+"""Class features of a prompted CLIP: computed, kept while they hold, or computed anew for each image."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from upt_fast.clip.frozen import TextContext
+from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_template
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.towers.packing import PackedClasses
+from upt_fast.engine.towers.text import TextTower
+from upt_fast.prompts import PromptLearner, Prompts
+
+# what the texts of one group of images may need at once, where they depend on the image
+TEXT_BYTES = 512 << 20
+
+
+class PromptedTexts(nn.Module):
+    """What FastPromptedCLIP has of class names and their features."""
+
+    prompt_learner: PromptLearner
+    text_tower: TextTower
+    packed: nn.ModuleList  # of PackedClasses, one for each template or one
+    classnames: tuple[str, ...]
+    tokenizer: Tokenizer | None
+    text_context: TextContext
+    text_batch: int | None
+    logit_scale: Tensor  # ()
+
+    def set_classnames(self, classnames: Iterable[str]) -> None:
+        """Replace the classes; the prompts stay as they are.
+
+        Args:
+            classnames: C names, each short enough for the CLIP's context.
+        Raises:
+            ValueError: no names, an empty name, or one that is too long; class-specific prompts of another number of
+                classes. The classes stay as they were.
+        """
+        learner = self.prompt_learner
+        classnames = list_classnames(classnames)
+        names = clean_classnames(classnames)
+        learner.set_classnames(names)
+        if learner.templates is not None:
+            packs = self._pack_templates(learner.templates, classnames)
+        else:
+            # in half precision each class's prompts are rounded on their own, as are their gradients
+            per_class = learner.text_per_class or (learner.half_prompts and learner.n_text > 0)
+            tokens = tokenize_classnames(classnames, learner.n_text, self.text_context, self.tokenizer, learner.prefix)
+            packs = [self.text_tower.pack(tokens, learner.n_text, learner.class_token_position, per_class=per_class)]
+        self.packed = nn.ModuleList(packs)
+        self.classnames = names
+        self._forget_features()
+
+    def _pack_templates(self, templates: Sequence[str], classnames: Sequence[str] | None = None) -> list[PackedClasses]:
+        """The texts of each template packed, without prompts; of the classes of today if none are given."""
+        names = self.classnames if classnames is None else classnames
+        tokens = [tokenize_template(names, template, self.text_context, self.tokenizer) for template in templates]
+        return [self.text_tower.pack(t, 0, "end", per_class=False) for t in tokens]
+
+    @property
+    def _classes(self) -> PackedClasses:
+        """The packed class names of a method with text prompts."""
+        (packed,) = self.packed
+        assert isinstance(packed, PackedClasses)
+        return packed
+
+    def _forget_features(self) -> None:
+        self._text_cache: tuple[list[Tensor], Tensor] | None = None  # in eval mode, of these parameters
+        self._kept_features: dict[tuple[str, ...], Tensor] = {}  # of texts without prompts, by their templates
+
+    def _encode_classes(self, prompts: Prompts | None) -> Tensor:
+        """(C, e) class features, computed now."""
+        text = (self.prompt_learner() if prompts is None else prompts).text
+        if text is not None and self.prompt_learner.half_prompts:
+            text = text.expand(len(self.classnames), -1, -1, -1)
+            text = torch.cat([text[:, :1], text[:, 1:].half().to(text.dtype)], dim=1)
+        return self.text_tower(text, self._classes)
+
+    def _class_features(self, prompts: Prompts | None) -> Tensor:
+        """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
+        if self.prompt_learner.templates is not None:
+            return self._fixed_features(self.prompt_learner.templates)
+        parameters = list(self.prompt_learner.parameters())
+        if self.training or torch.is_grad_enabled() or composing.autocasts(self.logit_scale.device.type):
+            return self._encode_classes(prompts)
+        if composing.composes(self.logit_scale, *parameters):
+            return self._encode_classes(prompts)
+        # compared by value: a write through .data, which leaves no trace in version counters, is seen too
+        if self._text_cache is not None:
+            seen, features = self._text_cache
+            if len(seen) == len(parameters) and all(map(_same, seen, parameters)):
+                return features
+        features = self._encode_classes(prompts)
+        self._text_cache = ([p.detach().clone() for p in parameters], features)
+        return features
+
+    def fixed_text_features(self, templates: Sequence[str]) -> Tensor:
+        """Class features of written texts, through the CLIP as it is; of several templates the mean.
+
+        They are computed once for a set of classes.
+
+        Args:
+            templates: texts with one {} for the class name.
+        Returns:
+            (C, e), L2-normalised, without gradients.
+        """
+        return F.normalize(self._fixed_features(tuple(templates)), dim=-1)
+
+    def _fixed_features(self, templates: tuple[str, ...]) -> Tensor:
+        """(C, e) features of fixed texts; of several templates the mean of the normalised ones."""
+        if templates in self._kept_features:
+            return self._kept_features[templates]
+        # kept from one call to the next: plain tensors in the CLIP's own precision wherever the first call is
+        device = self.logit_scale.device.type
+        precision = torch.autocast(device, enabled=False) if composing.autocasts(device) else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), precision:
+            packs = self.packed if templates == self.prompt_learner.templates else self._pack_templates(templates)
+            each = [self.text_tower(None, packed) for packed in packs]
+            features = each[0] if len(each) == 1 else torch.stack([F.normalize(f, dim=-1) for f in each]).mean(0)
+        if not composing.composes():  # what a transform sees is not to be kept
+            self._kept_features[templates] = features
+        return features
+
+    def _group(self, batch: int) -> int:
+        """Images whose texts run at once."""
+        if self.text_batch is not None:
+            return self.text_batch
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.prompt_learner.parameters())
+        fitting = max(1, TEXT_BYTES // sum(self.text_tower.need(self._classes, backward=grad)))
+        groups = -(-batch // fitting)
+        return max(1, -(-batch // max(1, groups)))  # of equal size
+
+    def _logits_by_image(self, image_features: Tensor) -> Tensor:
+        """(B, C) logits of normalised image features (B, e), each over class features of its own."""
+        text = self.prompt_learner(image_features).text
+        group = self._group(len(text))
+        if len(text) <= group:
+            return self._logits_of_group(text, image_features)
+        again = torch.is_grad_enabled() and text.requires_grad and not composing.composes(text)
+        return torch.cat(
+            [
+                checkpoint(self._logits_of_group, *part, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else self._logits_of_group(*part)
+                for part in zip(text.split(group), image_features.split(group), strict=True)
+            ]
+        )
+
+    def _logits_of_group(self, text: Tensor, image_features: Tensor) -> Tensor:
+        classes = F.normalize(self.text_tower.for_sets(text, self._classes), dim=-1)  # (B, C, e)
+        return torch.matmul(classes, (self.logit_scale.exp() * image_features)[..., None])[..., 0]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
