@@ -107,7 +107,7 @@ def logits_error(model: FastPromptedCLIP, name: str, kind: str = "") -> float:
 
 
 def test_every_released_method_is_here():
-    assert {method_name(name) for name in FILES} == set(list_releases())
+    assert {method_name(name) for name in FILES} == set(list_releases()) - {"kgcoop"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -46,6 +46,14 @@ def test_round_trip(config):
 def test_defaults():
     assert {name: method.config_class().to_dict() for name, method in TWINS.items() if name != "upt"} == {
         "coop": {"n_ctx": 16, "ctx_init": None, "class_specific": False, "class_token_position": "end"},
+        "kgcoop": {
+            "templates": "a photo of a {}.",
+            "n_ctx": 4,
+            "ctx_init": "a photo of a",
+            "class_specific": False,
+            "class_token_position": "end",
+            "weight": 8.0,
+        },
         "cocoop": {"n_ctx": 4, "ctx_init": None},
         "vpt_shallow": {"n_ctx": 4, "templates": "a photo of a {}."},
         "vpt_deep": {"n_ctx": 4, "templates": "a photo of a {}."},

@@ -108,7 +108,7 @@ def check(found, tensors, kind: str, prefix: str, tolerance: float = 1e-9) -> No
 
 
 def test_all_methods_are_recorded():
-    assert {method_of(name)[0] for name in FILES} == set(TWINS)
+    assert {method_of(name)[0] for name in FILES} == set(TWINS) - {"kgcoop"}  # tests/test_kgcoop.py
 
 
 def check_tokens(model, tensors) -> None:

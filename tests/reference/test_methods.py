@@ -25,6 +25,7 @@ SMALL = dict(
 OPTIONS = {
     "upt": {"n_text": 3, "n_visual": 2},
     "coop": {"n_ctx": 3},
+    "kgcoop": {},
     "cocoop": {"n_ctx": 3},
     "vpt_shallow": {},
     "vpt_deep": {"n_ctx": 2},
