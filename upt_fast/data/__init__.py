@@ -1,11 +1,21 @@
-"""Image folders, few-shot sampling, decoding and transforms."""
+"""Image folders, few-shot sampling, decoding, transforms. Names load when asked for: reading options needs no torch.
 
-from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset
-from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
-from upt_fast.data.folder import FolderListing, ImageItem, scan_folder
-from upt_fast.data.images import DecodedImages, decode_images, read_rgb
-from upt_fast.data.sampling import FewShotSplit, few_shot_split, sample_few_shot
-from upt_fast.data.transforms import AUGMENTATIONS, build_augmentation, build_eval_transform, build_normalize
+A dataset becomes a FolderListing (folder.py) with names for its classes (classnames.py, wordnet.py); sampling.py draws
+few-shot splits of it, images.py decodes, transforms.py and dataset.py make batches.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset
+    from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
+    from upt_fast.data.folder import FolderListing, ImageItem, scan_folder
+    from upt_fast.data.images import DecodedImages, decode_images, read_rgb
+    from upt_fast.data.sampling import FewShotSplit, few_shot_split, sample_few_shot
+    from upt_fast.data.transforms import AUGMENTATIONS, build_augmentation, build_eval_transform, build_normalize
 
 __all__ = [
     "AUGMENTATIONS",
@@ -28,3 +38,31 @@ __all__ = [
     "sample_few_shot",
     "scan_folder",
 ]
+
+_MODULES = {
+    "AugmentedDataset": "dataset",
+    "EpochBatchSampler": "dataset",
+    "ImageDataset": "dataset",
+    "Duplicates": "duplicates",
+    "drop_test_copies": "duplicates",
+    "find_duplicates": "duplicates",
+    "FolderListing": "folder",
+    "ImageItem": "folder",
+    "scan_folder": "folder",
+    "DecodedImages": "images",
+    "decode_images": "images",
+    "read_rgb": "images",
+    "FewShotSplit": "sampling",
+    "few_shot_split": "sampling",
+    "sample_few_shot": "sampling",
+    "AUGMENTATIONS": "transforms",
+    "build_augmentation": "transforms",
+    "build_eval_transform": "transforms",
+    "build_normalize": "transforms",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

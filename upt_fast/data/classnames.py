@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from upt_fast.common.messages import shorten
-from upt_fast.config import FOLDER_NAMES
 from upt_fast.data.wordnet import WORDNET_ID, wordnet_names
 
+FOLDER_NAMES = "folders"  # in the place of a file of names: the folders' own, whatever they are
 EXAMPLES = 3  # of names that mean nothing
 _MEANINGLESS = re.compile(r"[^\W\d_]|[-+]?\d[\d.,_ -]*|(?:class|cls|label|category|id|no|nr)?[ ._-]*\d+", re.IGNORECASE)
 _HEADINGS = frozenset(

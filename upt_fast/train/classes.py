@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upt_fast.common.messages import shorten
-from upt_fast.config import FOLDER_NAMES
-from upt_fast.data.classnames import given_names, plain_name
+from upt_fast.data.classnames import FOLDER_NAMES, given_names, plain_name
 from upt_fast.data.folder import CLASSES_FROM, FolderListing, ImageItem
 from upt_fast.data.wordnet import lemmas_of
 from upt_fast.train.checkpoint import CLASSES_FILE, read_json

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from upt_fast.common.checks import require_choice, require_int
-from upt_fast.config import FOLDER_NAMES
+from upt_fast.data.classnames import FOLDER_NAMES
 from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method
 
 # what may change between a run and its resumption: where things are and how they are computed, not what is computed

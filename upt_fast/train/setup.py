@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from upt_fast.common.messages import shorten
-from upt_fast.config import FOLDER_NAMES
+from upt_fast.data.classnames import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.duplicates import Duplicates, drop_test_copies
 from upt_fast.data.folder import FolderListing, ImageItem
