@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.clip.open_clip import frozen_clip
+from upt_fast.data.benchmark import bench_classnames
 from upt_fast.methods import find_method
-from upt_fast.testing import bench_classnames, build, vit_b16
+from upt_fast.testing import build, vit_b16
 from upt_fast.tools.flops import StepCost, step_cost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from upt_fast.testing import bench_classnames, build, vit_b16
+from upt_fast.data.benchmark import bench_classnames
+from upt_fast.testing import build, vit_b16
 
 
 def status_mib(key: str) -> float:

@@ -452,7 +452,7 @@ def test_built_in_names_are_as_long(suite):
     from collections import Counter
 
     from upt_fast.clip.tokens import clip_tokenizer
-    from upt_fast.testing import bench_classnames
+    from upt_fast.data.benchmark import bench_classnames
 
     models = suite("models")
     for classes, lengths in models.NAME_LENGTHS.items():

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from upt_fast.testing import bench_classnames, build, random_clip
+from upt_fast.data.benchmark import bench_classnames
+from upt_fast.testing import build, random_clip
 
 CLIP = dict(embed_dim=64, image_size=112, patch_size=16, vision_width=256, text_width=256, text_heads=4)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

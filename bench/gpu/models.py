@@ -17,8 +17,9 @@ from gpu.record import Skipped
 from torch import Tensor, nn
 
 from upt_fast import FastUPT, ReferenceUPT
+from upt_fast.data.benchmark import bench_classnames
 from upt_fast.engine.backends import dispatch
-from upt_fast.testing import TruncatedUPT, bench_classnames, random_clip
+from upt_fast.testing import TruncatedUPT, random_clip
 
 _B16 = dict(embed_dim=512, image_size=224, patch_size=16, vision_layers=12, vision_width=768)
 _L14 = dict(embed_dim=768, image_size=224, patch_size=14, vision_layers=24, vision_width=1024)
@@ -28,7 +29,7 @@ GEOMETRIES: dict[str, dict[str, int]] = {
     "ViT-L/14": _L14 | dict(text_layers=12, text_width=768, text_heads=12),
     "tiny": _TINY | dict(text_layers=2, text_width=64, text_heads=2),
 }
-# tokens of upt_fast.testing.bench_classnames -> how many names have as many
+# tokens of upt_fast.data.benchmark.bench_classnames -> how many names have as many
 NAME_LENGTHS: dict[int, dict[int, int]] = {
     100: {1: 61, 2: 31, 3: 8},
     397: {1: 61, 2: 178, 3: 97, 4: 31, 5: 14, 6: 9, 7: 6, 12: 1},

@@ -395,7 +395,7 @@ def method_costs(clip: str, classes: int, batch_size: int) -> list[dict[str, Any
     Raises:
         ValueError: no such CLIP, or a number out of range.
     """
-    from upt_fast.testing import bench_classnames
+    from upt_fast.data.benchmark import bench_classnames
 
     require_int("classes", classes, 1)
     require_int("batch_size", batch_size, 1)
