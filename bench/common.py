@@ -19,7 +19,7 @@ from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.data.benchmark import bench_classnames
 from upt_fast.methods import find_method
 from upt_fast.testing import build, vit_b16
-from upt_fast.tools.flops import StepCost, step_cost
+from upt_fast.tools.step_cost import StepCost, step_cost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-4  # relative RMS in float32: logits and all gradients

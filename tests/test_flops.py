@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from upt_fast import FastPromptedCLIP, MethodConfig, PromptLearner, Prompts, ReferencePromptedCLIP
 from upt_fast.cli import main
 from upt_fast.clip import frozen_clip
+from upt_fast.clip.loading import clip_without_weights
 from upt_fast.methods import BUILTIN_METHODS, find_method, list_methods
 from upt_fast.testing import random_clip
-from upt_fast.tools import flops
+from upt_fast.tools.flops import Flops
+from upt_fast.tools.step_cost import CPU_ATTENTION, step_cost
 
 NAMES = ["cat", "dog", "golden retriever", "snow leopard", "a rather long class name"]
 B = 3
@@ -23,21 +25,21 @@ def clip(tokenizer):
     return random_clip(vision_layers=4, text_width=64, text_heads=1).double()
 
 
-def counted(model, images, batch=B) -> flops.Flops:
+def counted(model, images, batch=B) -> Flops:
     """What torch counts in float64, where the engine's products are plain mm: oneDNN's are hidden from it.
 
-    Attention on a CPU is registered by flops.CPU_ATTENTION, at 4 products in backward as everywhere else.
+    Attention on a CPU is registered by CPU_ATTENTION, at 4 products in backward as everywhere else.
     """
     labels = torch.arange(batch) % len(NAMES)
     model.train()
     with torch.no_grad():
         model.encode_text(images=images)  # fixed texts are encoded once, before the first step
-    with FlopCounterMode(display=False, custom_mapping=flops.CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         loss = F.cross_entropy(model(images), labels)
         forward = counter.get_total_flops()
         if loss.requires_grad:
             loss.backward()
-    return flops.Flops(forward, counter.get_total_flops() - forward)
+    return Flops(forward, counter.get_total_flops() - forward)
 
 
 CASES = [
@@ -64,7 +66,7 @@ IDS = [f"{name}-{'-'.join(map(str, options.values())).replace(' ', '_')}" for na
 def test_counts_are_torch_s(clip, name, options):
     method = find_method(name)
     config = method.config.from_options(options)
-    cost = flops.step_cost(frozen_clip(clip), NAMES, method, config, B)
+    cost = step_cost(frozen_clip(clip), NAMES, method, config, B)
     images = torch.randn(B, 3, 32, 32, dtype=torch.float64)
     fast = FastPromptedCLIP(clip, NAMES, method=name, config=config)
     assert cost.parameters == sum(p.numel() for p in fast.parameters())
@@ -97,7 +99,7 @@ def test_other_towers(geometry, tokenizer):
     clip = random_clip(**geometry).double()
     method = find_method("upt")
     config = method.config.from_options({})
-    cost = flops.step_cost(frozen_clip(clip), NAMES, method, config, B)
+    cost = step_cost(frozen_clip(clip), NAMES, method, config, B)
     size = geometry.get("image_size", 32)
     images = torch.randn(B, 3, size, size, dtype=torch.float64)
     assert cost.engine == counted(FastPromptedCLIP(clip, NAMES), images)
@@ -109,15 +111,15 @@ def test_groups_of_images_run_again(clip):
     method = find_method("cocoop")
     config = method.config.from_options({})
     images = torch.randn(B, 3, 32, 32, dtype=torch.float64)
-    at_once = flops.step_cost(frozen_clip(clip), NAMES, method, config, B).engine
-    grouped = flops.step_cost(frozen_clip(clip), NAMES, method, config, B, text_batch=2).engine
+    at_once = step_cost(frozen_clip(clip), NAMES, method, config, B).engine
+    grouped = step_cost(frozen_clip(clip), NAMES, method, config, B, text_batch=2).engine
     assert grouped == counted(FastPromptedCLIP(clip, NAMES, method="cocoop", text_batch=2), images)
     assert grouped.backward > at_once.backward
     # the engine's own choice for a large batch
     model = FastPromptedCLIP(clip.float(), NAMES, method="cocoop")
     clip.double()
     batch = 4 * model._group(10**6)
-    many = flops.step_cost(frozen_clip(clip), NAMES, method, config, batch).engine
+    many = step_cost(frozen_clip(clip), NAMES, method, config, batch).engine
     assert many.backward / batch == pytest.approx(grouped.backward / B, rel=0.05)
 
 
@@ -140,7 +142,7 @@ class OwnMethod(PromptLearner):
 
 
 def test_a_method_from_outside(clip):
-    cost = flops.step_cost(frozen_clip(clip), NAMES, find_method(OwnMethod), OwnConfig(), B)
+    cost = step_cost(frozen_clip(clip), NAMES, find_method(OwnMethod), OwnConfig(), B)
     images = torch.randn(B, 3, 32, 32, dtype=torch.float64)
     assert cost.engine == counted(FastPromptedCLIP(clip, NAMES, method=OwnMethod), images)
     assert (cost.depth_text, cost.depth_vision) == (0, 1)
@@ -166,10 +168,10 @@ def test_table(capsys):
 
 
 def test_geometry_of_a_name_needs_no_weights(tokenizer):
-    clip, _ = flops.clip_without_weights("ViT-B-16")
+    clip, _ = clip_without_weights("ViT-B-16")
     assert clip.vision.conv_weight.device.type == "meta"
     method = find_method("upt")
-    cost = flops.step_cost(clip, NAMES, method, method.config.from_options({}), 2)
+    cost = step_cost(clip, NAMES, method, method.config.from_options({}), 2)
     # eight prompts in each of 12 layers, and the shared transform
     transform = 4 * (512 * 512 + 512) + 2 * (512 * 512 + 512) + 4 * 512 + 512 * 768 + 768
     assert cost.parameters == 12 * 8 * 512 + transform

@@ -19,8 +19,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Print a table of :func:`upt_fast.tools.flops.method_costs`."""
-    from upt_fast.tools.flops import method_costs
+    """Print a table of :func:`upt_fast.tools.method_costs.method_costs`."""
+    from upt_fast.tools.method_costs import method_costs
 
     clip, classes, batch_size = options.clip, options.classes, options.batch_size
     rows = method_costs(clip, classes, batch_size)

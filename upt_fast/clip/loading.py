@@ -1,4 +1,4 @@
-"""Load a CLIP by name through open_clip (tags, files, Hugging Face), or the small one in the package.
+"""Load a CLIP by name through open_clip (tags, files, Hugging Face), or the small one in the package; or its shapes.
 
 Which activation it gets is decided here and said in the log: QuickGELU and GELU have the same weights.
 """
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from upt_fast.clip.open_clip import has_quick_gelu, refuse
+from upt_fast.clip.frozen import FrozenCLIP
+from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu, refuse
 from upt_fast.clip.tokens import Tokenizer
 from upt_fast.clip.weights import ACTIVATION_TITLES, WeightsFile, load_weights, read_weights
 
@@ -89,6 +91,44 @@ def load_clip(
         raise ValueError(f"could not load {name!r} with pretrained={pretrained!r}: {reason}") from error
     _tell_activation(name, pretrained, model, why, open_clip)
     return LoadedCLIP(model.eval(), tokenizer, preprocess_cfg, name, pretrained)
+
+
+def clip_without_weights(name: str) -> tuple[FrozenCLIP, Tokenizer | None]:
+    """The shapes of a CLIP that open_clip knows by name, or of "tiny-digits"; nothing is downloaded.
+
+    Args:
+        name: as for :func:`load_clip`, without names of hubs and folders.
+    Returns:
+        The CLIP, its tensors on the meta device; and its tokenizer, None for CLIP's byte-pair tokenizer.
+    Raises:
+        ValueError: no such name, or a CLIP that the engine does not compute.
+    """
+    if name == TINY_CLIP_NAME:
+        from upt_fast.clip.tiny_clip import build_tiny_clip, load_tiny_tokenizer
+
+        with torch.device("meta"):
+            tiny = build_tiny_clip()
+        return _shapes(tiny), load_tiny_tokenizer()
+
+    import open_clip
+
+    config = open_clip.get_model_config(name.replace("/", "-"))
+    if config is None:
+        raise _unknown_name(name, open_clip.list_models())
+    if encoder := config.get("text_cfg", {}).get("hf_model_name"):  # its shapes are on the hub
+        refuse("text tower", f"HFTextEncoder ({encoder})")
+    with torch.device("meta"), _quiet(logging.root):  # about random weights
+        model = open_clip.create_model(name, pretrained=None, load_weights=False, device="meta")
+    return _shapes(model), None
+
+
+def _shapes(model: nn.Module) -> FrozenCLIP:
+    """The description of a model on the meta device."""
+    text: Any = getattr(model, "text", model)
+    if getattr(text, "attn_mask", None) is not None:  # looked at, to refuse what is not causal
+        length = text.attn_mask.shape[0]
+        text.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
+    return frozen_clip(model)
 
 
 def _create(
@@ -168,8 +208,7 @@ def _check_names(name: str, pretrained: str | None, open_clip: Any) -> None:
         return
     models = open_clip.list_models()
     if name.replace("/", "-") not in models:
-        close = difflib.get_close_matches(name, models, n=4, cutoff=0.5) or ["ViT-B-32", "ViT-B-16", "ViT-L-14"]
-        raise ValueError(f"unknown CLIP model {name!r}; did you mean {', '.join(close)} or {TINY_CLIP_NAME}?")
+        raise _unknown_name(name, models)
     _check_architecture(open_clip.get_model_config(name.replace("/", "-")) or {})
     tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
     if pretrained is None:
@@ -180,6 +219,11 @@ def _check_names(name: str, pretrained: str | None, open_clip: Any) -> None:
         raise ValueError(
             f"pretrained={pretrained!r} is no file and no tag of {name!r}; its tags: {', '.join(tags) or 'none'}"
         )
+
+
+def _unknown_name(name: str, models: list[str]) -> ValueError:
+    close = difflib.get_close_matches(name, models, n=4, cutoff=0.5) or ["ViT-B-32", "ViT-B-16", "ViT-L-14"]
+    return ValueError(f"unknown CLIP model {name!r}; did you mean {', '.join(close)} or {TINY_CLIP_NAME}?")
 
 
 def _check_architecture(config: dict[str, Any]) -> None:

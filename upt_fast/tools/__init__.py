@@ -1,1 +1,1 @@
-"""About an installation: what runs here (info), whether it is right (verify), what a step costs (flops)."""
+"""About an installation: what runs here (info), whether it is right (verify), what a step costs (method_costs)."""
