@@ -41,7 +41,7 @@ Workload = tuple[str, Callable[[], object]]
 _recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("limit", default=None)
 _OPTIONS = ("num_warps", "num_stages")
-SMALLEST_LIMIT = 64 * 1024  # bytes of shared memory that a block may use on any of the GPUs in kernels/report.py
+SMALLEST_LIMIT = 64 * 1024  # bytes of shared memory that a block may use on any GPU of _targets.py
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:

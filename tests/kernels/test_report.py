@@ -15,7 +15,7 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from upt_fast.kernels import report
+from upt_fast.kernels import _compile, _targets, _workloads, report
 
 ROOT = Path(__file__).parents[2]
 # tiles were chosen so that no kernel spills with triton 3.8; with the compilers before it some do (docs/kernels.md)
@@ -44,7 +44,7 @@ def test_all_kernels(tmp_path):
     assert done.returncode == bool(found["failures"]), done.stderr
     assert found["triton"] == triton.__version__
     assert found["torch"] == torch.__version__
-    assert found["targets"].keys() == report.TARGETS.keys()
+    assert found["targets"].keys() == _targets.TARGETS.keys()
 
     kernels, shared, files = set(), set(), set()
     for path in (ROOT / "kernels").glob("*.py"):
@@ -72,14 +72,14 @@ def test_all_kernels(tmp_path):
             assert 0 <= row["shared_bytes"] <= row["shared_limit"] == limits["shared_limit"]
             assert 0 < row["resident_warps"] <= row["max_warps"]
             assert row["resident_warps"] % row["num_warps"] == 0
-            assert 0 < row["registers"] <= report.LANE_REGISTERS
+            assert 0 < row["registers"] <= _targets.LANE_REGISTERS
             assert row["seconds"] > 0
     assert found["compilations"] < len(rows)  # B/16 and L/14 share some
 
     for text in (done.stdout, (tmp_path / "report.md").read_text()):
         for file, kernel, workload in workloads:
             lines = [line for line in text.splitlines() if {file, kernel} <= set(line.split()) and workload in line]
-            assert len(lines) >= len(report.TARGETS)
+            assert len(lines) >= len(_targets.TARGETS)
         assert all(heading in text for heading in report.HEADINGS)
 
 
@@ -193,7 +193,7 @@ def test_an_unknown_target(capsys):
     assert out == ""
     assert "--target" in err
     assert "sm_12" in err
-    assert all(name in err for name in report.TARGETS)
+    assert all(name in err for name in _targets.TARGETS)
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys):
@@ -204,21 +204,21 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_modules_without_workloads():
-    with pytest.raises(report.NothingToCompileError, match="no workloads in json, string"):
-        report._report(["json", "string"], ["sm_90"], "", 1)
+    with pytest.raises(_workloads.NothingToCompileError, match="no workloads in json, string"):
+        report.compile_workloads(["json", "string"], ["sm_90"], "", 1)
 
 
 def test_a_module_that_fails_to_import():
-    found, failures, _ = report._collect(["no_such_module"], ["sm_90"], "")
+    found, failures, _ = _workloads.collect(["no_such_module"], ["sm_90"], "")
     assert found == []
     assert failures == ["no_such_module.py import: ModuleNotFoundError: No module named 'no_such_module'"]
-    assert report._collect(["no_such_module"], ["sm_90"], "layer_norm")[1] == []
+    assert _workloads.collect(["no_such_module"], ["sm_90"], "layer_norm")[1] == []
 
 
 @pytest.mark.parametrize("warps", [1, 4, 8])
 def test_occupancy_of_a_kernel_that_needs_little(warps):
     for name, limit in (("sm_80", 64), ("sm_90", 64), ("sm_100", 64), ("gfx942", 32)):
-        held = report.TARGETS[name].resident_warps(warps, 32, 0)
+        held = _targets.TARGETS[name].resident_warps(warps, 32, 0)
         assert held == min(limit, 32 * warps)  # 32 blocks
 
 
@@ -245,13 +245,13 @@ def test_occupancy_of_a_kernel_that_needs_little(warps):
     ],
 )
 def test_occupancy(target, warps, registers, shared, held):
-    assert report.TARGETS[target].resident_warps(warps, registers, shared) == held
+    assert _targets.TARGETS[target].resident_warps(warps, registers, shared) == held
 
 
 def test_problems():
     def problems(target: str, **changes: int) -> list[str]:
         kernel = {"num_warps": 4, "registers": 32, "spill_bytes": 0, "sgpr_spills": 0, "shared_bytes": 0}
-        return report.Resources(**{**kernel, **changes}, seconds=1.0).problems(report.TARGETS[target])
+        return _targets.Resources(**{**kernel, **changes}, seconds=1.0).problems(_targets.TARGETS[target])
 
     for target, limit in (("sm_80", 163), ("sm_90", 227), ("sm_100", 227), ("gfx942", 64)):
         assert problems(target, shared_bytes=limit * 1024) == []
@@ -268,9 +268,9 @@ def test_read_ptxas():
     log = """ptxas info    : Compiling entry function '_kernel' for 'sm_90a'
     0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 616 bytes cmem[0]"""
-    assert report.read_ptxas(log) == (168, 20)
+    assert _compile.read_ptxas(log) == (168, 20)
     with pytest.raises(RuntimeError, match="ptxas told no registers or spills: nothing"):
-        report.read_ptxas("")
+        _compile.read_ptxas("")
 
 
 @pytest.mark.parametrize(
@@ -287,25 +287,25 @@ amdhsa.kernels:
     .vgpr_count:     272
     .vgpr_spill_count: {vgpr}
 """
-    assert report.read_amdgcn(assembly) == (272, spilled, sgpr, 128)
+    assert _compile.read_amdgcn(assembly) == (272, spilled, sgpr, 128)
     with pytest.raises(RuntimeError, match=r"no \.vgpr_count"):
-        report.read_amdgcn(assembly.replace(".vgpr_count", ".vgprs"))
+        _compile.read_amdgcn(assembly.replace(".vgpr_count", ".vgprs"))
 
 
 def test_a_compiler_that_dies_takes_one_kernel(monkeypatch):
-    def compile_kernel(compilation: report.Compilation) -> report.Resources:
+    def compile_kernel(compilation: _compile.Compilation) -> _targets.Resources:
         if compilation.target == "sm_90":
             os._exit(6)
         if compilation.target == "sm_100":
             raise ValueError("for a test")
-        return report.Resources(4, 32, 0, 0, 0, 1.0)
+        return _targets.Resources(4, 32, 0, 0, 0, 1.0)
 
-    monkeypatch.setattr(report, "compile_kernel", compile_kernel)
-    compilations = [report.Compilation(None, {}, {}, {}, {}, target) for target in report.TARGETS]
-    found = dict(zip(report.TARGETS, report._compile_all(compilations, 2), strict=True))
+    monkeypatch.setattr(_compile, "compile_kernel", compile_kernel)
+    compilations = [_compile.Compilation(None, {}, {}, {}, {}, target) for target in _targets.TARGETS]
+    found = dict(zip(_targets.TARGETS, _compile.compile_all(compilations, 2), strict=True))
     assert found.pop("sm_90") == "does not compile: the compiler died"
     assert found.pop("sm_100") == "does not compile: ValueError: for a test"
-    assert set(found.values()) == {report.Resources(4, 32, 0, 0, 0, 1.0)}
+    assert set(found.values()) == {_targets.Resources(4, 32, 0, 0, 0, 1.0)}
 
 
 def arguments_of_many_kinds(
@@ -316,7 +316,7 @@ def arguments_of_many_kinds(
     pass
 
 
-@pytest.mark.parametrize("target", report.TARGETS)
+@pytest.mark.parametrize("target", _targets.TARGETS)
 def test_specialisation_is_tritons_own(target):
     """On real tensors, for alignment and storage size are what Triton looks at."""
     kernel = JITFunction(arguments_of_many_kinds, do_not_specialize=["plain"])
@@ -325,12 +325,12 @@ def test_specialisation_is_tritons_own(target):
     tensors |= {"index_ptr": x.long(), "int_ptr": x.int(), "byte_ptr": x.byte(), "bool_ptr": x.bool(), "nothing": None}
     numbers = {"zero": 0, "one": 1, "two": 2, "sixteen": 48, "large": 2**31, "huge": 2**63, "negative": -(2**31)}
     numbers |= {"wide": 32, "eps": 1e-5, "flag": True, "plain": 16, "HAS_X": False}
-    chosen = report.TARGETS[target]
+    chosen = _targets.TARGETS[target]
     backend = make_backend(GPUTarget(chosen.backend, chosen.arch, chosen.warp_size))
     assert x.data_ptr() % 16 == 0
     _, expected, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**tensors, **numbers)
 
-    signature, constants, attributes = report.specialise(kernel, {**tensors, **numbers}, chosen.backend)
+    signature, constants, attributes = _compile.specialise(kernel, {**tensors, **numbers}, chosen.backend)
     assert list(signature) == kernel.arg_names
     assert list(signature.values()) == [kind for kind, _ in expected]
     assert constants == {"nothing": None, "one": 1, "HAS_X": False, "BLOCK": 64}
@@ -343,7 +343,7 @@ def test_tensors_beyond_two_gib_are_not_read_through_buffers():
     rest = dict.fromkeys(kernel.arg_names[1:], 2)
     for numbers, hints in ((2**29 - 1, ["tt.divisibility", "tt.pointer_range"]), (2**29, ["tt.divisibility"])):
         x = torch.empty(numbers, device="meta")
-        attributes = report.specialise(kernel, {"x_ptr": x, **rest}, "hip")[2]
+        attributes = _compile.specialise(kernel, {"x_ptr": x, **rest}, "hip")[2]
         assert [name for name, _ in attributes[0,]] == hints
 
 
@@ -351,10 +351,10 @@ def test_arguments_that_do_not_fit():
     kernel = JITFunction(arguments_of_many_kinds)
     given = dict.fromkeys(kernel.arg_names, 2)
     with pytest.raises(TypeError, match="missing a required argument: 'x_ptr'"):
-        report.specialise(kernel, {"y_ptr": 2}, "cuda")
+        _compile.specialise(kernel, {"y_ptr": 2}, "cuda")
     with pytest.raises(TypeError, match="unexpected keyword argument 'z_ptr'"):
-        report.specialise(kernel, {**given, "z_ptr": 2}, "cuda")
+        _compile.specialise(kernel, {**given, "z_ptr": 2}, "cuda")
     with pytest.raises(TypeError, match="x_ptr: tensor of complex64"):
-        report.specialise(kernel, {**given, "x_ptr": torch.empty(1, dtype=torch.complex64)}, "cuda")
+        _compile.specialise(kernel, {**given, "x_ptr": torch.empty(1, dtype=torch.complex64)}, "cuda")
     with pytest.raises(TypeError, match="eps: str"):
-        report.specialise(kernel, {**given, "eps": "1e-5"}, "cuda")
+        _compile.specialise(kernel, {**given, "eps": "1e-5"}, "cuda")
