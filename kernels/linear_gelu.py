@@ -3,7 +3,7 @@
     forward:   u = x W_1^T + b_1,  a = act(u)          y  = a W_2^T + b_2   (PyTorch's product)
     backward:  du = (dy W_2) act'(u)                   dx = du W_1          (PyTorch's product)
 
-with act as in gelu.py; for quick_gelu the factors 1.702 are in the weights. All weights are frozen.
+with act as in activation.py; for quick_gelu the factors 1.702 are in the weights. All weights are frozen.
 
 Apart, forward writes u, reads it and writes a; backward writes da, reads da and u and writes du. Here forward does not
 read u and, where nothing needs it (no gradients, or memory="balanced"), does not write it either; backward neither
@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from upt_fast.kernels._launch import DTYPES, INTERPRETED, Workload, launch, rows_of, shared_limit
-from upt_fast.kernels.gelu import KINDS, activate, activation_slope
+from upt_fast.kernels.activation import activate, activation_slope, check_kind
 
 from upt_fast.common.files import cache_folder, write_text
 
@@ -412,7 +412,7 @@ def _run(kernel: Any, name: str, rows: Tensor, N: int, tile: Tile | None, precis
     run(tile)
 
 
-def _check(x: Tensor, others: dict[str, tuple[Tensor, tuple[int, ...]]], kind: int) -> None:
+def _check(x: Tensor, others: dict[str, tuple[Tensor, tuple[int, ...]]], kind: str) -> None:
     """Refuse tensors that differ from x (..., K) in dtype or device, or have not the shape that was wanted."""
     if x.dtype not in DTYPES:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -422,8 +422,7 @@ def _check(x: Tensor, others: dict[str, tuple[Tensor, tuple[int, ...]]], kind: i
             raise ValueError(f"{name} {tuple(t.shape)} for rows {tuple(x.shape)}; wanted {shape}")
         if t.dtype != x.dtype or t.device != x.device:
             raise ValueError(f"{name} is {t.dtype} on {t.device}; wanted the rows' {x.dtype} on {x.device}")
-    if kind not in KINDS.values():
-        raise ValueError(f"kind {kind}; wanted one of {KINDS}")
+    check_kind(kind)
 
 
 def _outputs(w: Tensor, dim: int) -> int:
@@ -437,7 +436,7 @@ def linear_act(
     x: Tensor,
     w: Tensor,
     b: Tensor,
-    kind: int,
+    kind: str,
     keep: bool = True,
     tile: Tile | None = None,
     precision: str | None = None,
@@ -448,7 +447,7 @@ def linear_act(
         x: (..., K).
         w: (N, K), any strides.
         b: (N,).
-        kind: a value of KINDS.
+        kind: a name of ACTIVATIONS.
         keep: write u.
         tile: None: the fastest.
         precision: a key of TILES; None: as PyTorch's products.
@@ -482,7 +481,7 @@ def linear_act(
 
 
 def linear_dact(
-    dy: Tensor, w: Tensor, u: Tensor, kind: int, tile: Tile | None = None, precision: str | None = None
+    dy: Tensor, w: Tensor, u: Tensor, kind: str, tile: Tile | None = None, precision: str | None = None
 ) -> Tensor:
     """du = (dy W) act'(u).
 
@@ -490,7 +489,7 @@ def linear_dact(
         dy: (..., K), the gradient behind the linear that follows the activation.
         w: (K, N), that linear's weight, any strides.
         u: (..., N), the activation's input.
-        kind: a value of KINDS.
+        kind: a name of ACTIVATIONS.
         tile: None: the fastest.
         precision: a key of TILES; None: as PyTorch's products.
     Returns:
@@ -522,7 +521,7 @@ def linear_dact(
 
 
 def linear_gelu_fwd(
-    h: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, kind: int, keep: bool
+    h: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, kind: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """y = act(u) W_2^T + b_2 and u = h W_1^T + b_1, which stays empty unless it is to be kept."""
     a, u = linear_act(h, fc_weight, fc_bias, kind, keep)
@@ -536,7 +535,7 @@ def linear_gelu_bwd(
     fc_weight: Tensor,
     fc_bias: Tensor,
     proj_weight: Tensor,
-    kind: int,
+    kind: str,
 ) -> Tensor:
     """dh from the gradient of y and u, or h of which u is computed again."""
     if u is None:
@@ -551,7 +550,7 @@ _bwd = torch.library.custom_op("upt_fast::linear_gelu_bwd", linear_gelu_bwd, mut
 
 @_fwd.register_fake
 def _(
-    h: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, kind: int, keep: bool
+    h: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, kind: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
     u = h.new_empty((*h.shape[:-1], len(fc_weight)) if keep else 0)
     return h.new_empty((*h.shape[:-1], len(proj_weight))), u
@@ -565,7 +564,7 @@ def _(
     fc_weight: Tensor,
     fc_bias: Tensor,
     proj_weight: Tensor,
-    kind: int,
+    kind: str,
 ) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], fc_weight.shape[1]))
 
@@ -601,8 +600,6 @@ def linear_gelu_linear(
     Raises:
         ValueError: shapes do not fit, or dtypes or devices differ.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r}; wanted one of {', '.join(KINDS)}")
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
         h, fc_weight, fc_bias, proj_weight, proj_bias = (
@@ -617,16 +614,16 @@ def linear_gelu_linear(
             "proj_weight": (proj_weight, (out, hidden)),
             "proj_bias": (proj_bias, (out,)),
         },
-        KINDS[kind],
+        kind,
     )
     keep = keep and torch.is_grad_enabled() and h.requires_grad
-    return _fwd(h, fc_weight, fc_bias, proj_weight, proj_bias, KINDS[kind], keep)[0]
+    return _fwd(h, fc_weight, fc_bias, proj_weight, proj_bias, kind, keep)[0]
 
 
 def workloads() -> Iterator[Workload]:
     """ViT-B/16's image tower at batch 32: every tile with the activation that takes most registers, others at one."""
 
-    def run(forward: bool, dtype: torch.dtype, kind: int, keep: bool, every: bool, precision: str) -> None:
+    def run(forward: bool, dtype: torch.dtype, kind: str, keep: bool, every: bool, precision: str) -> None:
         rows, width, hidden = 32 * 197, 768, 3072
         x, u, w, v, b = (
             torch.empty(shape, dtype=dtype, device="meta")
@@ -643,11 +640,11 @@ def workloads() -> Iterator[Workload]:
         partial = functools.partial(run, direction == "forward")
         for dtype, precision in ((torch.bfloat16, "half"), (torch.float32, "tf32"), (torch.float32, "ieee")):
             label = "bfloat16" if precision == "half" else f"float32 {precision}"
-            every = functools.partial(partial, dtype, KINDS["gelu"], True, True, precision)
+            every = functools.partial(partial, dtype, "gelu", True, True, precision)
             yield f"{direction} gelu {label}, every tile", every
         for kind in ("quick_gelu", "gelu_tanh"):
             yield (
                 f"{direction} {kind} bfloat16",
-                functools.partial(partial, torch.bfloat16, KINDS[kind], True, False, "half"),
+                functools.partial(partial, torch.bfloat16, kind, True, False, "half"),
             )
-    yield "forward gelu bfloat16 without u", lambda: run(True, torch.bfloat16, KINDS["gelu"], False, False, "half")
+    yield "forward gelu bfloat16 without u", lambda: run(True, torch.bfloat16, "gelu", False, False, "half")

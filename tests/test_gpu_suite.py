@@ -343,14 +343,14 @@ def test_sanitizer(suite, tmp_path, summary, code, status):
     binary = tmp_path / "compute-sanitizer"
     binary.write_text(SANITIZER.format(summary=summary, code=code))
     binary.chmod(0o755)
-    row = suite("outside").sanitize("gelu", "memcheck", str(binary))
+    row = suite("outside").sanitize("activation", "memcheck", str(binary))
     assert row.get("status") == status, row
     if status == "failed":
         assert "1 --tool memcheck --error-exitcode 86" in row["output"]
-        assert row["output"].split("\n")[1].endswith("gpu_suite.py --exercise gelu")
+        assert row["output"].split("\n")[1].endswith("gpu_suite.py --exercise activation")
         assert row["reports"][-1] == f"========= {summary}"
     with pytest.raises(suite("record").Skipped, match="not installed"):
-        suite("outside").sanitize("gelu", "memcheck", None)
+        suite("outside").sanitize("activation", "memcheck", None)
 
 
 def test_exercise_finds_a_wrong_kernel(suite, monkeypatch):

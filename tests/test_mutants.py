@@ -40,8 +40,8 @@ def test_every_kernel_has_some():
 
 
 def test_a_place_that_moved_is_named():
-    mutant = CATALOGUE.Mutant("m", "gelu.py", "no such text", "")
+    mutant = CATALOGUE.Mutant("m", "activation.py", "no such text", "")
     with pytest.raises(ValueError, match="'no such text' 0 times"):
         mutant.apply("text")
     with pytest.raises(ValueError, match="no 'old' behind 'here'"):
-        CATALOGUE.Mutant("m", "gelu.py", "old", "", after="here").apply("old here")
+        CATALOGUE.Mutant("m", "activation.py", "old", "", after="here").apply("old here")

@@ -13,6 +13,7 @@ from gpu.machine import set_precision
 from gpu.models import NAME_LENGTHS
 from torch import Tensor
 
+from upt_fast.clip.frozen import ACTIVATIONS
 from upt_fast.common.closeness import excesses, relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.layout import BufferPlaces, PackedLayout
@@ -261,8 +262,8 @@ def training_cases() -> Iterator[Case]:
         insert = partial(_prompt_insert, 32, tokens, 4, width, 1)
         yield Case("prompt_insert", "prompt_insert", f"{model} {stream}", insert)
         rows = 32 * tokens, 4 * width
-        for kind in ("quick_gelu", "gelu", "gelu_tanh"):
-            yield Case("activation", "gelu", f"{kind} {model} {rows}", partial(_activation, *rows, kind))
+        for kind in ACTIVATIONS:
+            yield Case("activation", "activation", f"{kind} {model} {rows}", partial(_activation, *rows, kind))
         # the image tower's rows, and the text tower's of a hundred and of a thousand classes
         shapes = [(32 * tokens, width), *((packed_layout(classes).num_rows, text_width) for classes in (100, 1000))]
         for (count, features), recompute in itertools.product(shapes, (False, True)):
@@ -304,9 +305,9 @@ def small_cases() -> Iterator[Case]:
     for shape in ((3, 5, 33), (2, 768)):
         found.append(("layer_norm", "layer_norm", f"{shape}", partial(_layer_norm, shape)))
         found.append(("add_layer_norm", "layer_norm", f"{shape}", partial(_add_layer_norm, shape)))
-    for kind in ("quick_gelu", "gelu", "gelu_tanh"):
-        found.append(("activation", "gelu", f"{kind} (7, 67)", partial(_activation, 7, 67, kind)))
-    for kind, recompute in itertools.product(("quick_gelu", "gelu", "gelu_tanh"), (False, True)):
+    for kind in ACTIVATIONS:
+        found.append(("activation", "activation", f"{kind} (7, 67)", partial(_activation, 7, 67, kind)))
+    for kind, recompute in itertools.product(ACTIVATIONS, (False, True)):
         mlp = partial(_linear_gelu, 7, 33, 67, kind, recompute)
         found.append(("linear_gelu", "linear_gelu", f"{kind} (7, 33, 67) recompute={recompute}", mlp))
     for sets in (1, 2):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from upt_fast.kernels import (
     _launch,
+    activation,
     contrastive_loss,
-    gelu,
     layer_norm,
     packed_attention,
     prompt_attention,
@@ -121,7 +121,15 @@ def test_which_interpreters_run():
     assert bool(_launch.interpreter_refusal()) == (old and new)
 
 
-MODULES = (contrastive_loss, gelu, layer_norm, packed_attention, prompt_attention, prompt_insert, prompt_transform)
+MODULES = (
+    activation,
+    contrastive_loss,
+    layer_norm,
+    packed_attention,
+    prompt_attention,
+    prompt_insert,
+    prompt_transform,
+)
 WORKLOADS = {
     f"{module.__name__.rpartition('.')[2]}: {name}": run for module in MODULES for name, run in module.workloads()
 }

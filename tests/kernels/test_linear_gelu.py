@@ -14,6 +14,7 @@ from upt_fast.kernels import linear_gelu as kernel
 from upt_fast.kernels._launch import SMALLEST_LIMIT, record, shared_limit
 from upt_fast.kernels.linear_gelu import TILES, Tile
 
+from upt_fast.clip.frozen import ACTIVATIONS
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
@@ -22,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter has no bfloat16
 PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
 DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-KINDS = pytest.mark.parametrize("kind", kernel.KINDS)
+KINDS = pytest.mark.parametrize("kind", ACTIVATIONS)
 RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 # sizes of which blocks are never full; several groups of rows of tiles, several tiles a program, two pieces
 SMALL = Tile(32, 64, 16, 1, 1)
@@ -118,8 +119,8 @@ def test_strided_sequences_biases_and_u():
     w[1], w[3] = randn(70, 2)[:, 0], randn(1).expand(21)
     compare(randn(4, 5, 33)[:, 1:3], w, dy=randn(2, 4, 21).transpose(0, 1))
     dy, u = randn(9, 21), randn(9, 140)[:, ::2]
-    got = kernel.linear_dact(dy, w[2], u, 1)
-    assert torch.equal(got, kernel.linear_dact(dy, w[2].contiguous(), u.contiguous(), 1))
+    got = kernel.linear_dact(dy, w[2], u, "gelu")
+    assert torch.equal(got, kernel.linear_dact(dy, w[2].contiguous(), u.contiguous(), "gelu"))
 
 
 def exact_pair(x, w, b, kind):
@@ -136,8 +137,8 @@ def test_every_tile(tile):
     rows = 9 * tile.block_m + 5 if tile is SMALL else rows
     x, w, b, dy = randn(rows, width), randn(hidden, width, scale=0.2), randn(hidden), randn(rows, 17)
     v = randn(17, hidden)
-    a, u = kernel.linear_act(x, w, b, 1, tile=tile)
-    du = kernel.linear_dact(dy, v, u, 1, tile=tile)
+    a, u = kernel.linear_act(x, w, b, "gelu", tile=tile)
+    du = kernel.linear_dact(dy, v, u, "gelu", tile=tile)
 
     def run():
         exact_u, exact_a = exact_pair(x, w, b, "gelu")
@@ -151,19 +152,19 @@ def test_full_blocks_take_no_masks(dtype):
     """Sizes that blocks divide, one way, and sizes that they do not: the same numbers."""
     tile = Tile(32, 32, 16, 1, 1)
     x, w, b = randn(64, 32, dtype=dtype), randn(64, 32, dtype=dtype), randn(64, dtype=dtype)
-    a, u = kernel.linear_act(x, w, b, 0, tile=tile)
-    part_a, part_u = kernel.linear_act(x[:50], w[:50], b[:50], 0, tile=tile)
+    a, u = kernel.linear_act(x, w, b, "quick_gelu", tile=tile)
+    part_a, part_u = kernel.linear_act(x[:50], w[:50], b[:50], "quick_gelu", tile=tile)
     assert torch.equal(a[:50, :50], part_a)
     assert torch.equal(u[:50, :50], part_u)
     dy, v = randn(64, 32, dtype=dtype), randn(32, 64, dtype=dtype)
-    part = kernel.linear_dact(dy[:50], v[:, :50], u[:50, :50], 0, tile=tile)
-    assert torch.equal(kernel.linear_dact(dy, v, u, 0, tile=tile)[:50, :50], part)
+    part = kernel.linear_dact(dy[:50], v[:, :50], u[:50, :50], "quick_gelu", tile=tile)
+    assert torch.equal(kernel.linear_dact(dy, v, u, "quick_gelu", tile=tile)[:50, :50], part)
 
 
 def test_u_is_written_only_where_it_is_needed():
     x, w = randn(5, 33), weights(33, 70, 33)
-    a, u = kernel.linear_act(x, w[0], w[1], 2)
-    alone, nothing = kernel.linear_act(x, w[0], w[1], 2, keep=False)
+    a, u = kernel.linear_act(x, w[0], w[1], "gelu_tanh")
+    alone, nothing = kernel.linear_act(x, w[0], w[1], "gelu_tanh", keep=False)
     assert torch.equal(a, alone)
     assert (u.shape, nothing.shape) == ((5, 70), (0,))
 
@@ -282,10 +283,10 @@ def test_weights_that_do_not_fit(place, change, message):
 def test_other_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="kind 'relu'; wanted one of quick_gelu, gelu, gelu_tanh"):
         kernel.linear_gelu_linear(randn(5, 33), *weights(33, 70, 33), "relu")
-    with pytest.raises(ValueError, match="kind 3; wanted one of"):
-        kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), 3)
+    with pytest.raises(ValueError, match="kind 'relu'; wanted one of"):
+        kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), "relu")
     with pytest.raises(ValueError, match=r"u \(4, 70\) for rows \(5, 33\); wanted \(5, 70\)"):
-        kernel.linear_dact(randn(5, 33), randn(33, 70), randn(4, 70), 0)
+        kernel.linear_dact(randn(5, 33), randn(33, 70), randn(4, 70), "gelu")
 
 
 def _opchecks():
@@ -293,11 +294,11 @@ def _opchecks():
     fwd, bwd = torch.ops.upt_fast.linear_gelu_fwd, torch.ops.upt_fast.linear_gelu_bwd
     dy, u, fixed = randn(5, 33), randn(5, 40), (w[0], w[1], w[2])
     return {
-        "fwd_keep": (fwd, (h, *w, 0, True)),
-        "fwd_recompute": (fwd, (h, *w, 1, False)),
-        "fwd_strided": (fwd, (randn(33, 5).t().requires_grad_(), w[0].t().contiguous().t(), *w[1:], 2, True)),
-        "bwd_keep": (bwd, (dy, u, None, *fixed, 0)),
-        "bwd_recompute": (bwd, (randn(33).expand(5, 33), None, h.detach(), *fixed, 1)),
+        "fwd_keep": (fwd, (h, *w, "quick_gelu", True)),
+        "fwd_recompute": (fwd, (h, *w, "gelu", False)),
+        "fwd_strided": (fwd, (randn(33, 5).t().requires_grad_(), w[0].t().contiguous().t(), *w[1:], "gelu_tanh", True)),
+        "bwd_keep": (bwd, (dy, u, None, *fixed, "quick_gelu")),
+        "bwd_recompute": (bwd, (randn(33).expand(5, 33), None, h.detach(), *fixed, "gelu")),
     }
 
 
@@ -368,8 +369,8 @@ def test_precision_follows_pytorch(monkeypatch):
             torch.set_float32_matmul_precision(setting)
             assert kernel.precision_of(torch.float32) == wanted
             with record() as launches:
-                kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), 0)
-                kernel.linear_act(randn(5, 33).half(), randn(70, 33).half(), randn(70).half(), 0)
+                kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), "gelu")
+                kernel.linear_act(randn(5, 33).half(), randn(70, 33).half(), randn(70).half(), "gelu")
             assert [la.arguments["PRECISION"] for la in launches] == [wanted, "ieee"]
     finally:
         torch.set_float32_matmul_precision(before)

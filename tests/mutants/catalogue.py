@@ -62,13 +62,21 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    # gelu.py
+    # activation.py
     Mutant(
-        "gelu: bias dropped", "gelu.py", "z += tl.load(b_ptr + cols, cols < N, other=0.0).to(tl.float32)", "z += 0.0"
+        "activation: bias dropped",
+        "activation.py",
+        "z += tl.load(b_ptr + cols, cols < N, other=0.0).to(tl.float32)",
+        "z += 0.0",
     ),
-    Mutant("gelu: slope of QuickGELU", "gelu.py", "s * (1 + z * (1 - s))", "s * (1 + z * s)"),
-    Mutant("gelu: density of GELU", "gelu.py", "+ z * density", "+ density"),
-    Mutant("gelu: gradient's stride", "gelu.py", "dy_ptr + rows * stride_dy_row", "dy_ptr + rows * stride_u_row"),
+    Mutant("activation: slope of QuickGELU", "activation.py", "s * (1 + z * (1 - s))", "s * (1 + z * s)"),
+    Mutant("activation: density of GELU", "activation.py", "+ z * density", "+ density"),
+    Mutant(
+        "activation: gradient's stride",
+        "activation.py",
+        "dy_ptr + rows * stride_dy_row",
+        "dy_ptr + rows * stride_u_row",
+    ),
     # layer_norm.py
     Mutant(
         "layer_norm: columns beyond the row are in the variance",

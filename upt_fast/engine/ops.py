@@ -166,7 +166,7 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: str = 
         backend: see upt_fast/engine/backends/dispatch.py.
     """
     if dispatch.choose("activation", backend, u) == "triton":
-        from upt_fast.kernels import gelu as kernel
+        from upt_fast.kernels import activation as kernel
 
         return kernel.activation(u, kind, bias)
     u = u if bias is None else u + bias

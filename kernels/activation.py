@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from upt_fast.kernels._launch import INTERPRETED, Workload, launch, rows_of
 
-KINDS = {"quick_gelu": 0, "gelu": 1, "gelu_tanh": 2}
+from upt_fast.clip.frozen import ACTIVATIONS
 
 
 def _tile(rows: int, columns: int) -> dict[str, int]:
@@ -41,10 +41,10 @@ def _load_input(u_ptr, b_ptr, rows, cols, mask, stride_u_row, N, HAS_BIAS: tl.co
 
 @triton.jit
 def activate(z, KIND: tl.constexpr):
-    """The activation of float32 z; KIND is a value of KINDS."""
-    if KIND == 0:
+    """The activation of float32 z; KIND is a name of ACTIVATIONS."""
+    if KIND == "quick_gelu":
         y = z * tl.sigmoid(z)
-    elif KIND == 1:
+    elif KIND == "gelu":
         y = 0.5 * z * (1 + tl.math.erf(0.7071067811865476 * z))
     else:
         y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
@@ -54,10 +54,10 @@ def activate(z, KIND: tl.constexpr):
 @triton.jit
 def activation_slope(z, KIND: tl.constexpr):
     """The activation's derivative at float32 z."""
-    if KIND == 0:
+    if KIND == "quick_gelu":
         s = tl.sigmoid(z)
         slope = s * (1 + z * (1 - s))
-    elif KIND == 1:
+    elif KIND == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         slope = 0.5 * (1 + tl.math.erf(0.7071067811865476 * z)) + z * density
     else:
@@ -67,7 +67,7 @@ def activation_slope(z, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gelu_fwd_kernel(
+def _activation_fwd_kernel(
     u_ptr,  # (M, N)
     b_ptr,  # (N,) or None
     y_ptr,  # (M, N)
@@ -87,7 +87,7 @@ def _gelu_fwd_kernel(
 
 
 @triton.jit
-def _gelu_bwd_kernel(
+def _activation_bwd_kernel(
     dy_ptr,  # (M, N)
     u_ptr,  # (M, N)
     b_ptr,  # (N,) or None
@@ -109,13 +109,13 @@ def _gelu_bwd_kernel(
     tl.store(du_ptr + rows * N + cols, dy * activation_slope(z, KIND), mask)
 
 
-def gelu_fwd(u: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    """The activation (..., N) of u plus bias; kind is a value of KINDS."""
+def activation_fwd(u: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """The activation (..., N) of u plus bias; kind is a name of ACTIVATIONS."""
     rows = rows_of(u)
     y = u.new_empty(u.shape)
     tile = _tile(*rows.shape)
     launch(
-        _gelu_fwd_kernel,
+        _activation_fwd_kernel,
         (triton.cdiv(rows.shape[0], tile["BLOCK_M"]), triton.cdiv(rows.shape[1], tile["BLOCK_N"])),
         u_ptr=rows,
         b_ptr=None if bias is None else bias.contiguous(),
@@ -130,13 +130,13 @@ def gelu_fwd(u: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return y
 
 
-def gelu_bwd(dy: Tensor, u: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def activation_bwd(dy: Tensor, u: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """du (..., N) from the gradient of the activation."""
     dy_rows, rows = rows_of(dy), rows_of(u)
     du = u.new_empty(u.shape)
     tile = _tile(*rows.shape)
     launch(
-        _gelu_bwd_kernel,
+        _activation_bwd_kernel,
         (triton.cdiv(rows.shape[0], tile["BLOCK_M"]), triton.cdiv(rows.shape[1], tile["BLOCK_N"])),
         dy_ptr=dy_rows,
         u_ptr=rows,
@@ -153,17 +153,17 @@ def gelu_bwd(dy: Tensor, u: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return du
 
 
-_fwd = torch.library.custom_op("upt_fast::gelu_fwd", gelu_fwd, mutates_args=())
-_bwd = torch.library.custom_op("upt_fast::gelu_bwd", gelu_bwd, mutates_args=())
+_fwd = torch.library.custom_op("upt_fast::activation_fwd", activation_fwd, mutates_args=())
+_bwd = torch.library.custom_op("upt_fast::activation_bwd", activation_bwd, mutates_args=())
 
 
 @_fwd.register_fake
-def _(u: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def _(u: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return u.new_empty(u.shape)
 
 
 @_bwd.register_fake
-def _(dy: Tensor, u: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def _(dy: Tensor, u: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return u.new_empty(u.shape)
 
 
@@ -179,9 +179,16 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
 _fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def check_kind(kind: str) -> None:
+    """Refuse what is no name of ACTIVATIONS."""
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"kind {kind!r}; wanted one of {', '.join(ACTIVATIONS)}")
+
+
 def activation(u: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
     """The activation of u (..., N) plus the frozen bias (N,), in u's dtype; kind as in engine.ops.activation."""
-    return _fwd(u, bias, KINDS[kind])
+    check_kind(kind)
+    return _fwd(u, bias, kind)
 
 
 def workloads() -> Iterator[Workload]:
@@ -190,7 +197,7 @@ def workloads() -> Iterator[Workload]:
         for dtype in (torch.float32, torch.bfloat16):
             u = torch.empty(rows, width, dtype=dtype, device="meta")
             b = torch.empty(width, dtype=dtype, device="meta")
-            for kind, number in KINDS.items():
+            for kind in ACTIVATIONS:
                 label = f"{kind} {name} {str(dtype).removeprefix('torch.')}"
-                yield f"forward {label}", lambda u=u, b=b, k=number: gelu_fwd(u, b, k)
-                yield f"backward {label}", lambda u=u, b=b, k=number: gelu_bwd(u, u, b, k)
+                yield f"forward {label}", lambda u=u, b=b, k=kind: activation_fwd(u, b, k)
+                yield f"backward {label}", lambda u=u, b=b, k=kind: activation_bwd(u, u, b, k)
