@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from upt_fast.kernels._launch import Workload, launch, row_tile, rows_of
+from upt_fast.kernels._rows import load_tile, store_tile
 
 
 @triton.jit
@@ -51,12 +52,12 @@ def _layer_norm_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (cols[None, :] < N)
-    s = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask, other=0.0).to(tl.float32)
+    s = load_tile(x_ptr, stride_x_row, rows, cols, mask)
     if HAS_RESIDUAL:
-        s += tl.load(y_ptr + rows[:, None] * stride_y_row + cols[None, :], mask, other=0.0).to(tl.float32)
-        tl.store(s_ptr + rows[:, None] * N + cols[None, :], s, mask)
+        s += load_tile(y_ptr, stride_y_row, rows, cols, mask)
+        store_tile(s_ptr, N, rows, cols, s, mask)
     h, rstd = normalize(s, mask, N, eps)
-    tl.store(h_ptr + rows[:, None] * N + cols[None, :], h, mask)
+    store_tile(h_ptr, N, rows, cols, h, mask)
     tl.store(rstd_ptr + rows, rstd, rows < M)
 
 
@@ -78,13 +79,13 @@ def _layer_norm_bwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (cols[None, :] < N)
-    dh = tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], mask, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + rows[:, None] * N + cols[None, :], mask, other=0.0).to(tl.float32)
+    dh = load_tile(dh_ptr, stride_dh_row, rows, cols, mask)
+    h = load_tile(h_ptr, N, rows, cols, mask)
     rstd = tl.load(rstd_ptr + rows, rows < M, other=0.0)
     dx = normalize_bwd(dh, h, rstd, N)
     if HAS_RESIDUAL:
-        dx += tl.load(ds_ptr + rows[:, None] * stride_ds_row + cols[None, :], mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx, mask)
+        dx += load_tile(ds_ptr, stride_ds_row, rows, cols, mask)
+    store_tile(dx_ptr, N, rows, cols, dx, mask)
 
 
 def layer_norm_fwd(x: Tensor, y: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Deep prompts into the reserved rows of token streams and of attention's key/value buffers, in place.
+"""Deep prompts into the reserved rows of token streams, in place.
 
-Stream form. A stream x (B, T, D) holds P reserved rows in front of each sequence's own. Before a layer, in one pass,
+A stream x (B, T, D) holds P reserved rows in front of each sequence's own. Before a layer, in one pass,
 
     x[b, p]  = prompts[set(b), p]    p < P         (the layer's prompts replace what the last layer left there)
     x[b, t] += y[b, t]               t >= P        (the residual that the last layer's MLP computed)
@@ -10,12 +10,6 @@ Plain PyTorch slices and concatenates the stream before every layer (UPT, arXiv 
 the residual and normalises in three passes over it: 8 D numbers read or written per row against 4 D here, and the
 prompts' rows are never copied per image. Backward keeps h and 1 / std only, leaves zeros in the reserved rows of the
 stream's gradient, and adds the prompts' gradients over the images of each set in a fixed order.
-
-Key/value form. Rows of N packed sequences go behind P rows that the sequences of a set share:
-
-    buffer = [shared[set(c)] ; own rows of c]  for c = 0 ... C - 1
-
-Backward takes the own rows' gradients back and adds the shared ones' over each set's sequences, in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from upt_fast.kernels._launch import INTERPRETED, Workload, launch, row_tile, rows_of
+from upt_fast.kernels._launch import Workload, launch, row_tile, rows_of
+from upt_fast.kernels._rows import load_tile, store_tile
 from upt_fast.kernels.layer_norm import normalize, normalize_bwd
 
 
@@ -56,19 +51,19 @@ def _insert_fwd_kernel(
     token = rows % T
     reserved = token < P
     own_mask, prompt_mask = mask & ~reserved[:, None], mask & reserved[:, None]
-    x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], own_mask, other=0.0).to(tl.float32)
+    x = load_tile(x_ptr, D, rows, cols, own_mask)
     if HAS_RESIDUAL:
-        x += tl.load(y_ptr + rows[:, None] * stride_y_row + cols[None, :], own_mask, other=0.0).to(tl.float32)
+        x += load_tile(y_ptr, stride_y_row, rows, cols, own_mask)
     prompt_rows = token
     if HAS_SETS:
         prompt_rows += P * tl.load(set_ptr + rows // T, row_mask & reserved, other=0)
-    x += tl.load(prompts_ptr + prompt_rows[:, None] * D + cols[None, :], prompt_mask, other=0.0).to(tl.float32)
+    x += load_tile(prompts_ptr, D, prompt_rows, cols, prompt_mask)
     if HAS_RESIDUAL:
-        tl.store(x_ptr + rows[:, None] * D + cols[None, :], x, mask)
+        store_tile(x_ptr, D, rows, cols, x, mask)
     else:
-        tl.store(x_ptr + rows[:, None] * D + cols[None, :], x, prompt_mask)
+        store_tile(x_ptr, D, rows, cols, x, prompt_mask)
     h, rstd = normalize(x, mask, D, eps)
-    tl.store(h_ptr + rows[:, None] * D + cols[None, :], h, mask)
+    store_tile(h_ptr, D, rows, cols, h, mask)
     tl.store(rstd_ptr + rows, rstd, row_mask)
 
 
@@ -93,12 +88,12 @@ def _insert_bwd_stream_kernel(
     cols = tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (cols[None, :] < D)
     own = mask & ((rows % T) >= P)[:, None]
-    dh = tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], own, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + rows[:, None] * D + cols[None, :], own, other=0.0).to(tl.float32)
+    dh = load_tile(dh_ptr, stride_dh_row, rows, cols, own)
+    h = load_tile(h_ptr, D, rows, cols, own)
     din = normalize_bwd(dh, h, tl.load(rstd_ptr + rows, rows < M, other=0.0), D)
     if HAS_DX:
-        din += tl.load(dx_ptr + rows[:, None] * stride_dx_row + cols[None, :], own, other=0.0).to(tl.float32)
-    tl.store(din_ptr + rows[:, None] * D + cols[None, :], tl.where(own, din, 0.0), mask)
+        din += load_tile(dx_ptr, stride_dx_row, rows, cols, own)
+    store_tile(din_ptr, D, rows, cols, tl.where(own, din, 0.0), mask)
 
 
 @triton.jit
@@ -130,61 +125,13 @@ def _insert_bwd_prompts_kernel(
             member &= tl.load(set_ptr + images, member, other=-1) == place // P
         rows = images * T + place % P
         mask = member[:, None] & (cols[None, :] < D)
-        dh = tl.load(dh_ptr + rows[:, None] * stride_dh_row + cols[None, :], mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + rows[:, None] * D + cols[None, :], mask, other=0.0).to(tl.float32)
+        dh = load_tile(dh_ptr, stride_dh_row, rows, cols, mask)
+        h = load_tile(h_ptr, D, rows, cols, mask)
         grad = normalize_bwd(dh, h, tl.load(rstd_ptr + rows, member, other=0.0), D)
         if HAS_DX:
-            grad += tl.load(dx_ptr + rows[:, None] * stride_dx_row + cols[None, :], mask, other=0.0).to(tl.float32)
+            grad += load_tile(dx_ptr, stride_dx_row, rows, cols, mask)
         total += tl.sum(tl.where(mask, grad, 0.0), axis=0)
     tl.store(dprompts_ptr + place * D + cols, total, cols < D)
-
-
-@triton.jit
-def _gather_rows_kernel(
-    own_ptr,  # (N, D)
-    shared_ptr,  # (S * P, D)
-    source_ptr,  # (R,) int64: own row, or -1 - shared row
-    buffer_ptr,  # (R, D)
-    stride_own_row,
-    stride_shared_row,
-    R,
-    D,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    source = tl.load(source_ptr + rows, rows < R, other=0)
-    mask = (rows[:, None] < R) & (cols[None, :] < D)
-    own, shared = mask & (source >= 0)[:, None], mask & (source < 0)[:, None]
-    value = tl.load(own_ptr + source[:, None] * stride_own_row + cols[None, :], own, other=0.0)
-    value += tl.load(shared_ptr + (-1 - source)[:, None] * stride_shared_row + cols[None, :], shared, other=0.0)
-    tl.store(buffer_ptr + rows[:, None] * D + cols[None, :], value, mask)
-
-
-@triton.jit
-def _sum_shared_kernel(
-    grad_ptr,  # (R, D)
-    first_ptr,  # (C,) int64: buffer row where sequence c begins
-    bounds_ptr,  # (S + 1,) int64: sequences of set s are bounds[s] ... bounds[s + 1] - 1
-    dshared_ptr,  # (S * P, D)
-    stride_grad_row,
-    P,
-    D,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64)  # set * P + row
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin, end = tl.load(bounds_ptr + place // P), tl.load(bounds_ptr + place // P + 1)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for c in range(begin, end, BLOCK_M):
-        sequences = c + tl.arange(0, BLOCK_M)
-        rows = tl.load(first_ptr + sequences, sequences < end, other=0) + place % P
-        mask = (sequences < end)[:, None] & (cols[None, :] < D)
-        grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask, other=0.0)
-        total += tl.sum(grad.to(tl.float32), axis=0)
-    tl.store(dshared_ptr + place * D + cols, total, cols < D)
 
 
 def prompt_insert_fwd(
@@ -254,61 +201,8 @@ def prompt_insert_bwd(
     return din, dprompts
 
 
-def insert_shared_fwd(own: Tensor, shared: Tensor, source: Tensor) -> Tensor:
-    """The buffer (R, ...) whose row r is own[source[r]] or, for a negative source, shared row -1 - source[r]."""
-    buffer = own.new_empty(len(source), *own.shape[1:])
-    own_rows, shared_rows = _flat(own, 1), _flat(shared, 2)
-    tile = row_tile(*buffer.flatten(1).shape)
-    launch(
-        _gather_rows_kernel,
-        (triton.cdiv(len(source), tile["BLOCK_M"]),),
-        own_ptr=own_rows,
-        shared_ptr=shared_rows,
-        source_ptr=source,
-        buffer_ptr=buffer,
-        stride_own_row=own_rows.stride(0),
-        stride_shared_row=shared_rows.stride(0),
-        R=len(source),
-        D=own_rows.shape[1],
-        **tile,
-    )
-    return buffer
-
-
-def insert_shared_bwd(
-    grad: Tensor, own_rows: Tensor, first_rows: Tensor, bounds: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the own rows (N, ...), by index, and of the shared rows (S, length, ...), summed over sequences."""
-    sets = len(bounds) - 1
-    dshared = grad.new_empty(sets, length, *grad.shape[1:])
-    rows = _flat(grad, 1)
-    block_n = min(128, triton.next_power_of_2(rows.shape[1])) if not INTERPRETED else 1024
-    launch(
-        _sum_shared_kernel,
-        (sets * length, triton.cdiv(rows.shape[1], block_n)),
-        grad_ptr=rows,
-        first_ptr=first_rows,
-        bounds_ptr=bounds,
-        dshared_ptr=dshared,
-        stride_grad_row=rows.stride(0),
-        P=length,
-        D=rows.shape[1],
-        BLOCK_M=32,
-        BLOCK_N=block_n,
-        num_warps=4,
-    )
-    return grad[own_rows], dshared
-
-
-def _flat(x: Tensor, lead: int) -> Tensor:
-    """x with its first `lead` dimensions as rows and the rest as contiguous columns."""
-    return rows_of(x.flatten(lead).flatten(0, lead - 1) if lead > 1 else x.flatten(1))
-
-
 _fwd = torch.library.custom_op("upt_fast::prompt_insert_", prompt_insert_fwd, mutates_args=("x",))
 _bwd = torch.library.custom_op("upt_fast::prompt_insert_bwd", prompt_insert_bwd, mutates_args=())
-_shared_fwd = torch.library.custom_op("upt_fast::insert_shared_fwd", insert_shared_fwd, mutates_args=())
-_shared_bwd = torch.library.custom_op("upt_fast::insert_shared_bwd", insert_shared_bwd, mutates_args=())
 
 
 @_fwd.register_fake
@@ -321,17 +215,6 @@ def _(
     dx: Tensor | None, dh: Tensor, h: Tensor, rstd: Tensor, set_index: Tensor | None, sets: int, length: int
 ) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty(sets, length, h.shape[-1])
-
-
-@_shared_fwd.register_fake
-def _(own: Tensor, shared: Tensor, source: Tensor) -> Tensor:
-    return own.new_empty(source.shape[0], *own.shape[1:])
-
-
-@_shared_bwd.register_fake
-def _(grad: Tensor, own_rows: Tensor, first_rows: Tensor, bounds: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    own = grad.new_empty(own_rows.shape[0], *grad.shape[1:])
-    return own, grad.new_empty(bounds.shape[0] - 1, length, *grad.shape[1:])
 
 
 class _PromptInsert(torch.autograd.Function):
@@ -396,41 +279,8 @@ def prompt_insert(
     return _PromptInsert.apply(x, y, prompts, set_index, eps)
 
 
-class _InsertShared(torch.autograd.Function):
-    """See :func:`insert_shared`."""
-
-    @staticmethod
-    def forward(ctx, own, shared, source, own_rows, first_rows, bounds):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(own_rows, first_rows, bounds)
-        ctx.length = shared.shape[1]
-        return _shared_fwd(own, shared, source)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        down, dshared = _shared_bwd(grad, *ctx.saved_tensors, ctx.length)
-        return down, dshared, None, None, None, None
-
-
-def insert_shared(
-    own: Tensor, shared: Tensor, source: Tensor, own_rows: Tensor, first_rows: Tensor, bounds: Tensor
-) -> Tensor:
-    """Keys or values of packed sequences behind the rows that each set's sequences share, in one buffer.
-
-    Args:
-        own: (N, ...) rows of all sequences.
-        shared: (S, P, ...).
-        source: (R,) int64, R = N + P C: for each buffer row the own row, or -1 - (set * P + shared row).
-        own_rows: (N,) int64: for each own row its buffer row.
-        first_rows: (C,) int64: for each sequence its first buffer row.
-        bounds: (S + 1,) int64: sequences bounds[s] ... bounds[s + 1] - 1 are set s's.
-    Returns:
-        (R, ...)
-    """
-    return _InsertShared.apply(own, shared, source, own_rows, first_rows, bounds)
-
-
 def workloads() -> Iterator[Workload]:
-    """The image streams of ViT-B/16 and L/14 at batch 32, and the text towers' key buffers at 1000 classes."""
+    """The image streams of ViT-B/16 and L/14 at batch 32."""
     for name, tokens, width in (("B/16", 201, 768), ("L/14", 261, 1024)):
         for dtype in (torch.float32, torch.bfloat16):
             label = f"{name} {str(dtype).removeprefix('torch.')}"
@@ -444,15 +294,3 @@ def workloads() -> Iterator[Workload]:
                     f"backward {kind} {label}",
                     lambda x=x, r=rstd, i=index: prompt_insert_bwd(x, x, x, r, i, 1 if i is None else 2, 4),
                 )
-    for name, heads in (("B/16", 8), ("L/14", 12)):
-        for dtype in (torch.float32, torch.bfloat16):
-            label = f"{name} {str(dtype).removeprefix('torch.')}"
-            own = torch.empty(4233, heads, 64, dtype=dtype, device="meta")
-            shared = torch.empty(1, 5, heads, 64, dtype=dtype, device="meta")
-            buffer = torch.empty(9233, heads, 64, dtype=dtype, device="meta")
-            index = {n: torch.empty(n, dtype=torch.int64, device="meta") for n in (9233, 4233, 1000, 2)}
-            yield f"keys forward {label}", lambda o=own, s=shared, i=index: insert_shared_fwd(o, s, i[9233])
-            yield (
-                f"keys backward {label}",
-                lambda b=buffer, i=index: insert_shared_bwd(b, i[4233], i[1000], i[2], 5),
-            )

@@ -281,7 +281,7 @@ def training_cases() -> Iterator[Case]:
             layout, text_heads = packed_layout(classes), text_width // 64
             shape = (layout.num_rows, text_heads, 64)
             name = f"{model} C={classes} {shape}"
-            yield Case("insert_shared", "prompt_insert", name, partial(_insert_shared, layout, text_heads, 64))
+            yield Case("insert_shared", "insert_shared", name, partial(_insert_shared, layout, text_heads, 64))
             for pooled in (False, True):
                 attention = partial(_buffer_attention, layout, text_heads, 64, pooled)
                 yield Case("buffer_attention", "", f"{name}{' one query' * pooled}", attention)
@@ -313,7 +313,7 @@ def small_cases() -> Iterator[Case]:
     for sets in (1, 2):
         insert = partial(_prompt_insert, 3, 7, 2, 40, sets)
         found.append(("prompt_insert", "prompt_insert", f"(3, 7, 40) sets={sets}", insert))
-    found.append(("insert_shared", "prompt_insert", "2 sets (13, 2, 8)", partial(_insert_shared, layout, 2, 8)))
+    found.append(("insert_shared", "insert_shared", "2 sets (13, 2, 8)", partial(_insert_shared, layout, 2, 8)))
     for pooled in (False, True):
         name = f"one query {pooled}"
         found.append(("stream_attention", "", name, partial(_stream_attention, 2, 7, 2, 8, pooled)))

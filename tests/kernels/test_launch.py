@@ -11,6 +11,7 @@ from upt_fast.kernels import (
     _launch,
     activation,
     contrastive_loss,
+    insert_shared,
     layer_norm,
     packed_attention,
     prompt_attention,
@@ -124,6 +125,7 @@ def test_which_interpreters_run():
 MODULES = (
     activation,
     contrastive_loss,
+    insert_shared,
     layer_norm,
     packed_attention,
     prompt_attention,

@@ -1,16 +1,15 @@
-"""The kernels that put prompts into streams and key buffers, against their plain twins in float64: outputs, gradients,
-and the memory that they must leave alone."""
+"""The kernels that put prompts into streams, against their plain twins in float64: outputs, gradients, and the memory
+that they must leave alone."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from upt_fast.kernels import _launch
-from upt_fast.kernels import prompt_insert as kernel
+from upt_fast.kernels import prompt_insert as kernel  # noqa: F401 registers the operators
 
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
-from upt_fast.engine.layout import BufferPlaces, PackedLayout
 from upt_fast.reference import ops as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +25,6 @@ NAN = float("nan")
 def gpu_tiles(monkeypatch):
     """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
     monkeypatch.setattr(_launch, "INTERPRETED", False)
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
@@ -102,6 +100,8 @@ STREAMS = {
     "many_in_sets": dict(B=70, T=2, P=1, D=65, sets=(0, 1, 1, 0, 2) * 14),
     "wide": dict(B=2, T=3, P=1, D=1025, sets=(1, 0)),
 }
+
+
 STREAM = pytest.mark.parametrize("shape", STREAMS.values(), ids=STREAMS)
 
 
@@ -299,169 +299,20 @@ def test_backward_keeps_h_and_the_deviations_only():
     assert sorted(shapes) == [(2,), (2, 5), (2, 5, 33)]
 
 
-# set 1 of "unused_set" has no sequence; "many" are more than a program adds at once
-LAYOUTS = {
-    "one_row": (((1, 1),),),
-    "one_run": (((3, 4),),),
-    "runs": (((2, 1), (1, 3), (4, 5)),),
-    "sets": (((2, 2),), ((1, 1), (1, 4)), ((3, 3),)),
-    "unused_set": (((2, 2),), (), ((3, 1),)),
-    "many": (((40, 1), (30, 2)), ((33, 1),)),
-}
-
-
-def shared_inputs(runs, P, *features, dtype=torch.float32):
-    """own, shared, and the places."""
-    layout = PackedLayout(runs)
-    own = randn(layout.num_rows, *features, dtype=dtype, grad=True)
-    shared = randn(len(runs), P, *features, dtype=dtype, grad=True)
-    return own, shared, BufferPlaces(*(t.to(DEVICE) for t in BufferPlaces.of(layout, P)))
-
-
-def compare_shared(own, shared, places, weight=None) -> None:
-    """The buffer, which is a copy, and both gradients."""
-    before = [t.detach().clone() for t in (own, shared)]
-    got = ops.insert_shared(own, shared, places, backend="triton")
-    weight = randn(*got.shape, dtype=own.dtype) if weight is None else weight
-    exact = [t.detach().double().requires_grad_() for t in (own, shared)]
-    wanted = reference.insert_shared(*exact, places)
-    assert got.dtype == own.dtype
-    assert got.is_contiguous()
-    assert torch.equal(got, wanted.to(own.dtype))
-    gradients = torch.autograd.grad(got, [own, shared], weight)
-    assert [g.dtype for g in gradients] == [own.dtype, shared.dtype]
-
-    def run():
-        wanted = reference.insert_shared(*exact, places)
-        return torch.autograd.grad(wanted, exact, weight.double(), materialize_grads=True)
-
-    assert_rounded(gradients, run, lowest(own, shared))
-    assert all(map(torch.equal, (own, shared), before))
-
-
-@DTYPES
-@pytest.mark.parametrize(("P", "features"), [(0, (5,)), (1, (2, 5)), (3, (3, 65))], ids=str)
-@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.usefixtures("gpu_tiles")
-def test_shared_matches_reference(runs, P, features, dtype):
-    compare_shared(*shared_inputs(runs, P, *features, dtype=dtype))
-
-
-@pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
-def test_shared_large_tiles(runs):
-    compare_shared(*shared_inputs(runs, 2, 2, 33))
-
-
-def test_shared_without_rows():
-    own, shared, places = shared_inputs(((),), 2, 2, 5)
-    buffer = ops.insert_shared(own, shared, places, backend="triton")
-    down, dshared = torch.autograd.grad(buffer, [own, shared], torch.ones_like(buffer))
-    assert buffer.shape == down.shape == (0, 2, 5)
-    assert torch.equal(dshared, torch.zeros(1, 2, 2, 5, device=DEVICE))
-
-
-SHARED_VIEWS = {
-    "one_of_three": lambda n: randn(*n[:-2], 3, *n[-2:]).unbind(-3)[1],  # keys among queries, keys and values
-    "heads_first": lambda n: randn(n[-2], *n[:-2], n[-1]).movedim(0, -2),
-    "every_second": lambda n: randn(2 * n[0], *n[1:])[::2],
-    "every_second_column": lambda n: randn(*n[:-1], 2 * n[-1])[..., ::2],
-    "one_for_all": lambda n: randn(*n[1:]).expand(n),
-    "one_number_for_all": lambda n: randn(1).expand(n),
-}
-
-
-@pytest.mark.parametrize("view", SHARED_VIEWS.values(), ids=SHARED_VIEWS)
-@pytest.mark.parametrize("place", ["own", "shared", "gradient"])
-def test_shared_strided(place, view):
-    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 3, 7)
-    weight = None
-    if place == "own":
-        own = view(own.shape).requires_grad_()
-    elif place == "shared":
-        shared = view(shared.shape).requires_grad_()
-    else:
-        weight = view((len(places.source), 3, 7))
-    compare_shared(own, shared, places, weight)
-
-
-@pytest.mark.parametrize("half", HALF, ids=str)
-def test_shared_mixed_dtypes(half):
-    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 3, 7)
-    compare_shared(own.detach().to(half).requires_grad_(), shared, places)
-    compare_shared(own, shared.detach().to(half).requires_grad_(), places)
-
-
-@pytest.mark.parametrize("constant", ["own", "shared"])
-def test_shared_constants(constant):
-    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 3, 7)
-    variable = shared if constant == "own" else own
-    (own if constant == "own" else shared).requires_grad_(False)
-    buffers = [f(own, shared, places) for f in (reference.insert_shared, lambda *t: ops.insert_shared(*t, "triton"))]
-    weight = torch.randn_like(buffers[0])
-    wanted, got = (torch.autograd.grad(buffer, variable, weight)[0] for buffer in buffers)
-    assert relative_rms(got, wanted) <= 1e-5
-
-
-@pytest.mark.usefixtures("gpu_tiles")
-def test_shared_sets_do_not_see_each_other():
-    own, shared, places = shared_inputs(LAYOUTS["many"], 2, 33)
-    with torch.no_grad():
-        shared[0], own[0] = NAN, NAN
-    buffer = ops.insert_shared(own, shared, places, backend="triton")
-    first = int(places.first_rows[70])  # of set 1
-    assert buffer[:first].isnan().any(1).sum() == 70 * 2 + 1
-    assert not buffer[first:].isnan().any()
-    weight = torch.ones_like(buffer)
-    weight[:first] = NAN
-    (dshared,) = torch.autograd.grad(buffer, shared, weight)
-    assert dshared[0].isnan().all()
-    assert (dshared[1] == 33).all()
-
-
-@pytest.mark.usefixtures("gpu_tiles")
-def test_shared_repeats_bit_for_bit():
-    own, shared, places = shared_inputs(LAYOUTS["many"], 3, 2, 65)
-    weight, runs = randn(len(places.source), 2, 65), []
-    for _ in range(2):
-        buffer = ops.insert_shared(own, shared, places, backend="triton")
-        runs.append([buffer, *torch.autograd.grad(buffer, [own, shared], weight)])
-    assert all(map(torch.equal, *runs))
-
-
-def test_shared_backward_keeps_places_only():
-    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 33)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.insert_shared(own, shared, places, backend="triton")
-    assert saved
-    assert all(t.dtype == torch.int64 for t in saved)
-
-
-@pytest.mark.parametrize("name", ["prompt_insert", "insert_shared"])
-def test_gradients_of_gradients_are_refused(name):
-    if name == "prompt_insert":
-        x = randn(2, 4, 33, grad=True)
-        y = ops.prompt_insert(x.clone(), None, randn(1, 2, 33), None, EPS, backend="triton")[1]
-    else:
-        x, shared, places = shared_inputs(LAYOUTS["sets"], 2, 33)
-        y = ops.insert_shared(x, shared, places, backend="triton")
+def test_gradients_of_gradients_are_refused():
+    x = randn(2, 4, 33, grad=True)
+    y = ops.prompt_insert(x.clone(), None, randn(1, 2, 33), None, EPS, backend="triton")[1]
     (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name}_bwd"):
+    with pytest.raises(RuntimeError, match="prompt_insert_bwd"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["prompt_insert", "insert_shared"])
-def test_float64_is_refused(name):
+def test_float64_is_refused():
     x = torch.zeros(2, 4, 33, dtype=torch.float64, device=DEVICE)
-    if name == "prompt_insert":
-        inputs = (x, x, x[:1, :2], None, EPS)
-    else:
-        places = BufferPlaces(*(t.to(DEVICE) for t in BufferPlaces.of(PackedLayout((((1, 2),),)), 1)))
-        inputs = (x, x[None, :1], places)
     with pytest.raises(ValueError) as error:
-        getattr(ops, name)(*inputs, backend="triton")
+        ops.prompt_insert(x, x, x[:1, :2], None, EPS, backend="triton")
     message = str(error.value)
-    assert message.startswith(f"no backend for {name}\n")
+    assert message.startswith("no backend for prompt_insert\n")
     assert f"x: (2, 4, 33) float64 {DEVICE}" in message
     assert "triton: float64 (takes float32, float16, bfloat16)" in message
 
@@ -471,19 +322,12 @@ def saved_of_stream():
     return randn(3, 5, 33).transpose(0, 1).reshape(5, 3, 33).transpose(0, 1), randn(3, 5, 33), randn(3, 5).abs()
 
 
-def shared_bwd_inputs():
-    _, _, places = shared_inputs(LAYOUTS["sets"], 2, 2, 5)
-    return randn(len(places.source), 2, 5), *places[1:], 2
-
-
 SETS = (1, 0, 1)
 OPCHECKS = {
     "insert": lambda: ("prompt_insert_", (randn(3, 5, 33), None, randn(1, 2, 33), None, EPS)),
     "insert_sets": lambda: ("prompt_insert_", (*(randn(3, 5, 33) for _ in "xy"), randn(2, 2, 33), integers(SETS), EPS)),
     "insert_bwd": lambda: ("prompt_insert_bwd", (None, *saved_of_stream(), None, 1, 2)),
     "insert_bwd_sets": lambda: ("prompt_insert_bwd", (randn(3, 5, 33), *saved_of_stream(), integers(SETS), 2, 2)),
-    "shared_fwd": lambda: ("insert_shared_fwd", (randn(9, 2, 5), randn(3, 2, 2, 5), integers([-1, 3, -6, 8]))),
-    "shared_bwd": lambda: ("insert_shared_bwd", shared_bwd_inputs()),
 }
 
 
@@ -522,16 +366,3 @@ def test_compiles_on_the_callers_stream():
     assert torch.equal(*results)
     assert torch.equal(*streams)
     assert streams[0].isfinite().all()
-
-
-def test_shared_compiles():
-    def f(own, shared):
-        buffer = ops.insert_shared(2 * own, shared, places, backend="triton")
-        return (buffer * buffer * buffer).sum()
-
-    own, shared, places = shared_inputs(LAYOUTS["sets"], 2, 2, 5)
-    results = []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        loss = g(own, shared)
-        results.append([loss, *torch.autograd.grad(loss, [own, shared])])
-    assert all(map(torch.equal, *results))

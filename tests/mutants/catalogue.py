@@ -86,12 +86,21 @@ MUTANTS = (
     ),
     Mutant("layer_norm: gradient along h", "layer_norm.py", " - h * mean_dh_h[:, None]", ""),
     Mutant("layer_norm: gradient unscaled", "layer_norm.py", "rstd[:, None] * (dh - mean", "(dh - mean"),
-    Mutant("layer_norm: residual's gradient dropped", "layer_norm.py", "dx += tl.load", "dx += 0 * tl.load"),
+    Mutant("layer_norm: residual's gradient dropped", "layer_norm.py", "dx += load_tile", "dx += 0 * load_tile"),
     Mutant(
         "layer_norm: residual's stride",
         "layer_norm.py",
-        "y_ptr + rows[:, None] * stride_y_row",
-        "y_ptr + rows[:, None] * N",
+        "load_tile(y_ptr, stride_y_row",
+        "load_tile(y_ptr, N",
+    ),
+    # _rows.py
+    Mutant(
+        "rows: rows lie side by side",
+        "_rows.py",
+        "ptr + rows[:, None] * stride_row",
+        "ptr + rows[:, None]",
+        after="def load_tile",
+        tests="kernels/test_layer_norm.py",
     ),
     # linear_gelu.py
     Mutant("linear_gelu: bias dropped", "linear_gelu.py", "z = product + b.to(tl.float32)", "z = product"),
@@ -193,16 +202,19 @@ MUTANTS = (
         "rows = images * T + place % P",
         "rows = images * T + place % P * 0",
     ),
-    Mutant("prompt_insert: stream's gradient dropped", "prompt_insert.py", "grad += tl.load", "grad += 0 * tl.load"),
+    Mutant(
+        "prompt_insert: stream's gradient dropped", "prompt_insert.py", "grad += load_tile", "grad += 0 * load_tile"
+    ),
     Mutant("prompt_insert: images of all sets", "prompt_insert.py", "other=-1) == place // P", "other=-1) >= 0"),
     Mutant(
         "prompt_insert: residual into the prompts",
         "prompt_insert.py",
-        "stride_y_row + cols[None, :], own_mask",
-        "stride_y_row + cols[None, :], mask",
+        "stride_y_row, rows, cols, own_mask",
+        "stride_y_row, rows, cols, mask",
     ),
-    Mutant("prompt_insert: shared row's place", "prompt_insert.py", "other=0) + place % P", "other=0)"),
-    Mutant("prompt_insert: shared rows", "prompt_insert.py", "(-1 - source)[:, None]", "(source * 0)[:, None]"),
+    # insert_shared.py
+    Mutant("insert_shared: shared row's place", "insert_shared.py", "other=0) + place % P", "other=0)"),
+    Mutant("insert_shared: shared rows", "insert_shared.py", "(-1 - source)[:, None]", "(source * 0)[:, None]"),
     # prompt_transform.py
     Mutant(
         "prompt_transform: relu's gate",

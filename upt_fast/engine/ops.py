@@ -97,7 +97,7 @@ def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: st
         (N + C P, ...)
     """
     if dispatch.choose("insert_shared", backend, own) == "triton":
-        from upt_fast.kernels import prompt_insert as kernel
+        from upt_fast.kernels import insert_shared as kernel
 
         return kernel.insert_shared(own, shared, *places)
     buffer = own.new_empty(len(places.source), *own.shape[1:])
