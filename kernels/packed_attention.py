@@ -15,7 +15,7 @@ Zero times NaN is NaN: a product would carry what is not finite in one class to 
 are not finite are multiplied as 0, and every score that they touch is NaN instead: their class is lost, no other.
 
 Where the longest class and its prefix have more than 32 rows, or heads more than 64 columns (no CLIP's text tower), the
-kernels of prompt_attention.py take all classes, each as a sequence of its own, block by block.
+kernels of prefix_attention.py take all classes, each as a sequence of its own, block by block.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from upt_fast.kernels import prompt_attention
 from upt_fast.kernels._attention import (
     LOG2E,
     MAX_HEAD_DIM,
@@ -43,6 +42,7 @@ from upt_fast.kernels._attention import (
     sum_by_set,
 )
 from upt_fast.kernels._launch import DTYPES, Workload, launch
+from upt_fast.kernels.prefix_attention import attend
 
 from upt_fast.engine.layout import TILE_ROWS, PackedLayout, PackedTiles
 
@@ -364,7 +364,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
     if tiles.prefix + tiles.longest <= TILE_ROWS and q.shape[-1] <= TILE_HEAD_DIM:
         return _fwd(*given.values(), *tiles[:3])
     sets = _sets(prefix_k, tiles.classes)
-    return prompt_attention.attend(*given.values(), sets, tiles.classes, tiles.longest)[0]
+    return attend(*given.values(), sets, tiles.classes, tiles.longest)[0]
 
 
 def workloads() -> Iterator[Workload]:

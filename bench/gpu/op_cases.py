@@ -276,7 +276,7 @@ def training_cases() -> Iterator[Case]:
             rows = tokens - 4  # the prompts are no rows here
             name = f"{model} {(32, rows, heads, 64)} behind 4{' one query' * pooled}"
             prefix = partial(_prefix_attention, 32, rows, 4, heads, 64, 1, pooled)
-            yield Case("prefix_attention", "prompt_attention", name, prefix)
+            yield Case("prefix_attention", "prefix_attention", name, prefix)
         for classes in (100, 1000):
             layout, text_heads = packed_layout(classes), text_width // 64
             shape = (layout.num_rows, text_heads, 64)
@@ -320,7 +320,7 @@ def small_cases() -> Iterator[Case]:
         found.append(("buffer_attention", "", name, partial(_buffer_attention, layout, 2, 8, pooled)))
         for sets in (1, 2):
             prefix = partial(_prefix_attention, 3, 7, 2, 2, 8, sets, pooled)
-            found.append(("prefix_attention", "prompt_attention", f"(3, 7, 2, 8) sets={sets} {name}", prefix))
+            found.append(("prefix_attention", "prefix_attention", f"(3, 7, 2, 8) sets={sets} {name}", prefix))
         for kind, classes in (("short", layout), ("long", PackedLayout((((2, 3), (1, 40)), ((1, 5),))))):
             packed = partial(_packed_attention, classes, 2, 8, pooled)
             found.append(("packed_attention", "packed_attention", f"{kind} {name}", packed))

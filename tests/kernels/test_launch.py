@@ -14,7 +14,7 @@ from upt_fast.kernels import (
     insert_shared,
     layer_norm,
     packed_attention,
-    prompt_attention,
+    prefix_attention,
     prompt_insert,
     prompt_transform,
 )
@@ -128,7 +128,7 @@ MODULES = (
     insert_shared,
     layer_norm,
     packed_attention,
-    prompt_attention,
+    prefix_attention,
     prompt_insert,
     prompt_transform,
 )

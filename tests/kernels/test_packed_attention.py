@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upt_fast.kernels import packed_attention as kernel
-from upt_fast.kernels.prompt_attention import attend
+from upt_fast.kernels.prefix_attention import attend
 
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
@@ -328,7 +328,7 @@ def op_inputs(name, last_only=False, grad=False):
 
 
 def long_inputs(grad=False):
-    """As packed_attention gives them to the kernels of prompt_attention."""
+    """As packed_attention gives them to the kernels of prefix_attention."""
     *tensors, _, classes, _ = op_inputs("long_and_short", grad=grad)
     return *tensors, classes[:, 4], classes, 50
 

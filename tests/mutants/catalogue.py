@@ -5,6 +5,7 @@ A mutant never writes outside of its tensors: what it breaks is a number. Run by
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -37,7 +38,8 @@ class Mutant(NamedTuple):
     @property
     def test_file(self) -> str:
         """Where it must be caught."""
-        stem = self.file.rpartition("/")[2].removesuffix(".py")
+        # _prefix_attention_fwd.py is a part of prefix_attention.py
+        stem = re.sub(r"^_|_(fwd|bwd|common)$", "", self.file.removesuffix(".py"))
         return self.tests or ("test_cpu_ops.py" if self.compiled else f"kernels/test_{stem}.py")
 
     def apply(self, text: str) -> str:
@@ -151,38 +153,42 @@ MUTANTS = (
     ),
     Mutant("packed_attention: what is not finite spreads", "packed_attention.py", "* LOG2E + poison", "* LOG2E"),
     Mutant("packed_attention: keys' gradient as values'", "packed_attention.py", "own, dk, K", "own, dv, K"),
-    # prompt_attention.py
+    # _prefix_attention_*.py
     Mutant(
-        "prompt_attention: stale sum",
-        "prompt_attention.py",
+        "prefix_attention: stale sum",
+        "_prefix_attention_fwd.py",
         "total = total * scale + tl.sum(p, axis=1)",
         "total = total + tl.sum(p, axis=1)",
     ),
-    Mutant("prompt_attention: stale output", "prompt_attention.py", "v, out * scale[:, None], input", "v, out, input"),
     Mutant(
-        "prompt_attention: a key beyond the last is seen",
-        "prompt_attention.py",
+        "prefix_attention: stale output", "_prefix_attention_fwd.py", "v, out * scale[:, None], input", "v, out, input"
+    ),
+    Mutant(
+        "prefix_attention: a key beyond the last is seen",
+        "_prefix_attention_common.py",
         "(keys < P + L)[None, :]",
         "(keys < P + L + 1)[None, :]",
     ),
-    Mutant("prompt_attention: gradient of the keys", "prompt_attention.py", "(p * (dp - delta[None, :]))", "(p * dp)"),
     Mutant(
-        "prompt_attention: sum taken for the peak",
-        "prompt_attention.py",
+        "prefix_attention: gradient of the keys", "_prefix_attention_bwd.py", "(p * (dp - delta[None, :]))", "(p * dp)"
+    ),
+    Mutant(
+        "prefix_attention: sum taken for the peak",
+        "_prefix_attention_bwd.py",
         "softmax_ptr + H * M + statistics, mask",
         "softmax_ptr + statistics, mask",
         after="def _prefix_attention_bwd_queries_kernel",
     ),
     Mutant(
-        "prompt_attention: prefix of the first set",
-        "prompt_attention.py",
+        "prefix_attention: prefix of the first set",
+        "_prefix_attention_fwd.py",
         "tl.load(set_ptr + number * stride_set).to(tl.int64) * P",
         "P * 0",
         after="def _prefix_attention_fwd_kernel",
     ),
     Mutant(
-        "prompt_attention: prefix's gradient under the next sequence",
-        "prompt_attention.py",
+        "prefix_attention: prefix's gradient under the next sequence",
+        "_prefix_attention_bwd.py",
         "(B + number) * P * H + head",
         "(B + B - 1 - number) * P * H + head",
     ),
@@ -192,7 +198,7 @@ MUTANTS = (
         "_attention.py",
         "other=-1) == place % S",
         "other=-1) >= 0",
-        tests="kernels/test_prompt_attention.py",
+        tests="kernels/test_prefix_attention.py",
     ),
     # prompt_insert.py
     Mutant("prompt_insert: set's prompts", "prompt_insert.py", "prompt_rows += P * tl.load", "prompt_rows += tl.load"),

@@ -399,7 +399,7 @@ def prefix_attention(
         (B, Q, H, K)
     """
     if dispatch.choose("prefix_attention", backend, q) == "triton":
-        from upt_fast.kernels import prompt_attention as kernel
+        from upt_fast.kernels import prefix_attention as kernel
 
         return kernel.prefix_attention(*_autocast(q, k, v, prefix_k, prefix_v), set_index)
     if prefix_k is not None and prefix_v is not None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from upt_fast.kernels import prompt_attention as kernel
+from upt_fast.kernels import prefix_attention as kernel
 from upt_fast.kernels._attention import dot_settings
 
 from upt_fast.common.closeness import assert_rounded, relative_rms
