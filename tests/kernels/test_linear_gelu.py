@@ -1,18 +1,11 @@
-"""The MLP's fused kernels against their plain twin in float64, and the table of measured tiles."""
-
-import json
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
+"""The MLP's fused kernels against their plain twin in float64, and the tiles that they take."""
 
 import pytest
 import torch
-import triton
+from upt_fast.kernels import _linear_product, _tuning
 from upt_fast.kernels import linear_gelu as kernel
 from upt_fast.kernels._launch import SMALLEST_LIMIT, record, shared_limit
-from upt_fast.kernels.linear_gelu import TILES, Tile
+from upt_fast.kernels._linear_tiles import TILES, Tile, default_tile, precision_of, tiles_that_fit
 
 from upt_fast.clip.frozen import ACTIVATIONS
 from upt_fast.common.closeness import assert_rounded, relative_rms
@@ -31,9 +24,8 @@ SMALL = Tile(32, 64, 16, 1, 1)
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """An empty folder for tables, and nothing remembered."""
+    """An empty folder for tables."""
     monkeypatch.setenv("UPT_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernel, "_tables", {})
     return tmp_path / "cache"
 
 
@@ -326,7 +318,7 @@ def test_compiles(recompute):
 @pytest.mark.parametrize("limit", [64, 99, 163, 227])
 def test_workloads_launch_on_meta_tensors(limit, monkeypatch):
     """On a GPU's tiles every tile that fits is launched, both kernels in every precision."""
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    monkeypatch.setattr(_linear_product, "INTERPRETED", False)
     names = []
     for name, run in kernel.workloads():
         names.append(name)
@@ -340,34 +332,34 @@ def test_workloads_launch_on_meta_tensors(limit, monkeypatch):
             assert la.arguments["EVEN_K"]
             assert la.arguments["BLOCK_N"] % la.arguments["PIECES"] == 0
         precision = "half" if "bfloat16" in name else name.split(",")[0].split()[-1]
-        assert len(launches) == (len(kernel.tiles_that_fit(precision, limit * 1024)) if "every" in name else 1)
+        assert len(launches) == (len(tiles_that_fit(precision, limit * 1024)) if "every" in name else 1)
     assert len(names) == len(set(names))
     assert shared_limit(torch.device("meta")) == SMALLEST_LIMIT
 
 
 def test_every_precision_has_a_tile_everywhere():
     for precision, tiles in TILES.items():
-        assert kernel.tiles_that_fit(precision, SMALLEST_LIMIT)
-        assert kernel.tiles_that_fit(precision, 227 * 1024) == list(tiles)
+        assert tiles_that_fit(precision, SMALLEST_LIMIT)
+        assert tiles_that_fit(precision, 227 * 1024) == list(tiles)
         areas = [t.block_m * t.block_n for t in tiles]
         assert areas == sorted(areas, reverse=True)
 
 
 def test_the_default_tile_gives_each_multiprocessor_one():
     large, middle, small = tiles = Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 3)
-    assert kernel.default_tile(tiles, 6304, 3072, 132) == large
-    assert kernel.default_tile(tiles, 1000, 2048, 128) == middle
-    assert kernel.default_tile(tiles, 300, 2048, 132) == small
-    assert kernel.default_tile(tiles, 0, 2048, 132) == small
+    assert default_tile(tiles, 6304, 3072, 132) == large
+    assert default_tile(tiles, 1000, 2048, 128) == middle
+    assert default_tile(tiles, 300, 2048, 132) == small
+    assert default_tile(tiles, 0, 2048, 132) == small
 
 
 def test_precision_follows_pytorch(monkeypatch):
-    assert kernel.precision_of(torch.float16) == kernel.precision_of(torch.bfloat16) == "half"
+    assert precision_of(torch.float16) == precision_of(torch.bfloat16) == "half"
     before = torch.get_float32_matmul_precision()
     try:
         for setting, wanted in (("high", "tf32"), ("highest", "ieee")):
             torch.set_float32_matmul_precision(setting)
-            assert kernel.precision_of(torch.float32) == wanted
+            assert precision_of(torch.float32) == wanted
             with record() as launches:
                 kernel.linear_act(randn(5, 33), randn(70, 33), randn(70), "gelu")
                 kernel.linear_act(randn(5, 33).half(), randn(70, 33).half(), randn(70).half(), "gelu")
@@ -376,150 +368,17 @@ def test_precision_follows_pytorch(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-# the table of measured tiles
-
-GPU = "A GPU (of 80 GB)"
-CANDIDATES = TILES["half"][:3]
-
-
-class Clock:
-    """Times by tile, and which were asked for."""
-
-    def __init__(self, *times: float):
-        self.times, self.asked = dict(zip(CANDIDATES, times, strict=True)), []
-
-    def __call__(self, tile: Tile) -> float:
-        self.asked.append(tile)
-        return self.times[tile]
-
-
-def tuned(clock, key="linear_act bfloat16 8192x3072x768"):
-    return kernel.tuned_tile(GPU, key, CANDIDATES, clock)
-
-
-def test_the_fastest_is_measured_once(cache):
-    clock = Clock(3.0, 1.0, 2.0)
-    assert tuned(clock) == tuned(clock) == CANDIDATES[1]
-    assert clock.asked == list(CANDIDATES)
-    kernel._tables.clear()  # as in another process
-    assert tuned(clock) == CANDIDATES[1]
-    assert clock.asked == list(CANDIDATES)
-    assert tuned(other := Clock(1.0, 2.0, 3.0), "another shape") == CANDIDATES[0]
-    assert other.asked == list(CANDIDATES)
-    path = kernel.table_path(GPU)
-    assert path == cache / "linear_gelu-A-GPU-of-80-GB.json"
-    assert json.loads(path.read_text()) == {
-        "gpu": GPU,
-        "triton": triton.__version__,
-        "tiles": {"linear_act bfloat16 8192x3072x768": [*CANDIDATES[1]], "another shape": [*CANDIDATES[0]]},
-    }
-
-
-def test_each_gpu_has_its_table():
-    assert kernel.tuned_tile(GPU, "key", CANDIDATES, Clock(3.0, 1.0, 2.0)) == CANDIDATES[1]
-    assert kernel.tuned_tile("B", "key", CANDIDATES, Clock(1.0, 2.0, 3.0)) == CANDIDATES[0]
-    assert kernel.table_path("B") != kernel.table_path(GPU)
-
-
-def test_where_the_table_is(monkeypatch, tmp_path):
-    monkeypatch.delenv("UPT_FAST_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert kernel.table_path("B").parent == tmp_path / ".cache" / "upt_fast"
-
-
-CORRUPT = {
-    "empty": "",
-    "cut": '{"gpu": "A", "tiles": {"k',
-    "list": "[]",
-    "no_tiles": '{"triton": "0"}',
-    "tiles_list": f'{{"triton": "{triton.__version__}", "tiles": []}}',
-    "short_tile": f'{{"triton": "{triton.__version__}", "tiles": {{"key": [128, 256]}}}}',
-    "text_tile": f'{{"triton": "{triton.__version__}", "tiles": {{"key": [128, 256, 64, 8, "4"]}}}}',
-    "no_text": b"\xff\xfe\x00",
-}
-
-
-@pytest.mark.parametrize("content", CORRUPT.values(), ids=CORRUPT)
-def test_a_corrupt_table_is_ignored_and_replaced(content, cache):
-    cache.mkdir()
-    path = kernel.table_path(GPU)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.warns(UserWarning, match=f"{path.name} is ignored, tiles are measured anew: "):
-        assert tuned(Clock(3.0, 1.0, 2.0), "key") == CANDIDATES[1]
-    kernel._tables.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tuned(Clock(1.0, 2.0, 3.0), "key") == CANDIDATES[1]
-
-
-@pytest.mark.parametrize(
-    ("version", "tile"),
-    [("0.0", CANDIDATES[0]), (triton.__version__, Tile(16, 16, 16, 1, 1))],
-    ids=["another_triton", "no_candidate"],
-)
-@pytest.mark.filterwarnings("error")
-def test_what_does_not_hold_any_more_is_measured_anew(version, tile, cache):
-    cache.mkdir()
-    kernel.table_path(GPU).write_text(json.dumps({"triton": version, "tiles": {"key": tile}}))
-    assert tuned(Clock(3.0, 1.0, 2.0), "key") == CANDIDATES[1]
-    kernel._tables.clear()
-    assert tuned(Clock(1.0, 2.0, 3.0), "key") == CANDIDATES[1]
-
-
-def test_tiles_that_cannot_run():
-    inf = float("inf")
-    assert tuned(Clock(inf, inf, 2.0), "some") == CANDIDATES[2]
-    assert tuned(Clock(inf, inf, inf), "none") == CANDIDATES[0]
-    assert list(kernel.read_table(GPU)) == ["some"]
-
-
-def test_a_folder_that_cannot_be_written(cache):
-    cache.write_text("a file")
-    with pytest.warns(UserWarning, match="is not written, each process measures anew: "):
-        assert tuned(Clock(3.0, 1.0, 2.0)) == CANDIDATES[1]
-    assert tuned(Clock(1.0, 2.0, 3.0)) == CANDIDATES[1]  # this process remembers
-
-
-PROCESS = """
-import sys, time
-from pathlib import Path
-from upt_fast.kernels import linear_gelu as kernel
-
-name, folder = sys.argv[1], Path(sys.argv[2])
-(folder / name).touch()
-while len(list(folder.iterdir())) < 2:
-    time.sleep(0.01)
-for n in range(20):
-    tile = kernel.TILES["half"][n % 3]
-    found = kernel.tuned_tile("B", f"{name} {n}", kernel.TILES["half"], lambda t: float(t != tile))
-    assert found == tile
-"""
-
-
-@pytest.mark.filterwarnings("error")
-def test_two_processes_lose_nothing(tmp_path, cache):
-    """Each adds to the table what it measured, at the same time as the other."""
-    (tmp_path / "ready").mkdir()
-    command = [sys.executable, "-W", "error::UserWarning", "-c", PROCESS]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    running = [subprocess.Popen([*command, name, str(tmp_path / "ready")], env=env) for name in "ab"]
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
-    table = kernel.read_table("B")
-    assert table == {f"{name} {n}": TILES["half"][n % 3] for name in "ab" for n in range(20)}
-    assert {path.suffix for path in Path(cache).iterdir()} == {".json", ".lock"}
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="has a GPU")
 def test_nothing_is_measured_without_a_gpu(monkeypatch, cache):
     def refuse(*_):
         raise AssertionError("measured")
 
-    monkeypatch.setattr(kernel, "tuned_tile", refuse)
+    monkeypatch.setattr(_linear_product, "tile_table", refuse)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         for interpreted in (True, False):
-            monkeypatch.setattr(kernel, "INTERPRETED", interpreted)
+            monkeypatch.setattr(_linear_product, "INTERPRETED", interpreted)
             compare(randn(5, 33), weights(33, 70, 33))
     finally:
         torch.use_deterministic_algorithms(before, warn_only=True)
@@ -537,5 +396,5 @@ def test_measured_on_a_gpu(dtype, cache):
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
     name = str(dtype).removeprefix("torch.")
-    table = kernel.read_table(torch.cuda.get_device_name())
+    table = _tuning.tile_table(torch.cuda.get_device_name()).tiles
     assert table.keys() == {f"linear_act {name} 512x512x256", f"linear_dact {name} 512x512x256"}

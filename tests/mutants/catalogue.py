@@ -104,27 +104,48 @@ MUTANTS = (
         after="def load_tile",
         tests="kernels/test_layer_norm.py",
     ),
-    # linear_gelu.py
-    Mutant("linear_gelu: bias dropped", "linear_gelu.py", "z = product + b.to(tl.float32)", "z = product"),
-    Mutant("linear_gelu: u without bias", "linear_gelu.py", "cols, z, mask)", "cols, product, mask)"),
-    Mutant("linear_gelu: slope dropped", "linear_gelu.py", "product * activation_slope(z, KIND)", "product"),
+    # _linear_*.py
+    Mutant(
+        "linear_gelu: bias dropped",
+        "_linear_act.py",
+        "z = product + b.to(tl.float32)",
+        "z = product",
+        tests="kernels/test_linear_gelu.py",
+    ),
+    Mutant(
+        "linear_gelu: u without bias",
+        "_linear_act.py",
+        "cols, z, mask)",
+        "cols, product, mask)",
+        tests="kernels/test_linear_gelu.py",
+    ),
+    Mutant(
+        "linear_gelu: slope dropped",
+        "_linear_dact.py",
+        "product * activation_slope(z, KIND)",
+        "product",
+        tests="kernels/test_linear_gelu.py",
+    ),
     Mutant(
         "linear_gelu: right half's columns",
-        "linear_gelu.py",
+        "_linear_dact.py",
         "row, col + HALF, stride_u_row, M, N",
         "row, col, stride_u_row, M, N",
+        tests="kernels/test_linear_gelu.py",
     ),
     Mutant(
         "linear_gelu: sum begins anew in every block",
-        "linear_gelu.py",
+        "_linear_product.py",
         "tl.dot(x, w, product, input_precision=PRECISION)",
         "tl.dot(x, w, input_precision=PRECISION)",
+        tests="kernels/test_linear_gelu.py",
     ),
     Mutant(
         "linear_gelu: weight's stride",
-        "linear_gelu.py",
+        "_linear_product.py",
         "ks[:, None].to(tl.int64) * stride_w_k",
         "ks[:, None].to(tl.int64)",
+        tests="kernels/test_linear_gelu.py",
     ),
     # packed_attention.py
     Mutant(
