@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from upt_fast.kernels import _contrastive_loss_bwd as bwd
+from upt_fast.kernels import _contrastive_loss_common as common
+from upt_fast.kernels import _contrastive_loss_fwd as fwd
 from upt_fast.kernels import contrastive_loss as kernel
 from upt_fast.kernels._launch import record
 
@@ -13,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # one program sums everything and projects; several, whose sums are added up afterwards
-SPLITS = pytest.mark.parametrize("programs", [1, kernel.PROGRAMS], ids=["whole", "split"])
+SPLITS = pytest.mark.parametrize("programs", [1, common.PROGRAMS], ids=["whole", "split"])
 RANGES = {
     "sets_mixed_in_a_block": [[0, 40], [40, 70], [70, 101], [40, 70], [0, 40], [70, 101], [70, 101]],
     "overlapping": [[0, 70], [30, 101], [60, 61], [0, 101], [69, 101]],
@@ -63,7 +66,7 @@ def test_matches_reference(B, C, e, dtype):
 
 @SPLITS
 def test_matches_reference_in_several_blocks_of_columns(programs, monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     compare(features(3, 300), features(20, 300), 14.3, integers([19, 0, 7]))
 
 
@@ -71,7 +74,7 @@ def test_matches_reference_in_several_blocks_of_columns(programs, monkeypatch):
 @pytest.mark.parametrize("rising", [True, False], ids=["rising", "falling"])
 def test_largest_logit_block_by_block(rising, programs, monkeypatch):
     """Each block of classes has larger logits than those before, or smaller: the sum so far is scaled each time."""
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     images, texts = features(5, 12), features(300, 12)
     with torch.no_grad():
         images.copy_(images[:1] + 0.1 * images)
@@ -97,7 +100,7 @@ def test_ranges(ranges):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_ranges_in_one_split(dtype, monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    monkeypatch.setattr(common, "PROGRAMS", 1)
     ranges = integers(RANGES["sets_mixed_in_a_block"])
     images, texts = features(len(ranges), 19, dtype=dtype), features(101, 19, dtype=dtype)
     compare(images, texts, 14.3, labels_in(ranges), ranges)
@@ -106,7 +109,7 @@ def test_ranges_in_one_split(dtype, monkeypatch):
 @SPLITS
 def test_near_duplicates_at_a_large_scale(programs, monkeypatch):
     """Logits within 1e-2 of 100, of which float32 keeps little."""
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     centre = 30 * torch.randn(24).to(DEVICE)
     images, texts = ((centre + 0.3 * torch.randn(n, 24).to(DEVICE)).requires_grad_() for n in (20, 50))
     args, weights = (100.0, torch.randint(50, (20,)).to(DEVICE)), torch.ones(20).to(DEVICE)
@@ -118,7 +121,7 @@ def test_near_duplicates_at_a_large_scale(programs, monkeypatch):
 @SPLITS
 def test_zero_and_tiny_vectors(programs, monkeypatch):
     """Below eps the normalisation is x / eps; each row is compared on its own scale."""
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     images, texts = features(6, 20), features(40, 20)
     with torch.no_grad():
         for t in (images, texts):
@@ -190,7 +193,7 @@ def test_wrong_labels(labels, ranges, image, monkeypatch):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match=rf"image {image}: label {labels[image]} .* wanted 0 <= label"):
             kernel.contrastive_loss(images, texts, *args)
-    monkeypatch.setattr(kernel, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(fwd, "_check_labels", lambda *_: None)
     loss = kernel.contrastive_loss(images, texts, *args)
     good = slice(1 - image, 2 - image)
     wanted = reference.contrastive_loss(images[good], texts, 14.3, *(None if t is None else t[good] for t in args[1:]))
@@ -199,7 +202,7 @@ def test_wrong_labels(labels, ranges, image, monkeypatch):
 
 
 def test_a_wrong_label_shows_in_the_gradients(monkeypatch):
-    monkeypatch.setattr(kernel, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(fwd, "_check_labels", lambda *_: None)
     images, texts, ranges = features(3, 8), features(30, 8), integers([[0, 10], [10, 20], [20, 30]])
     loss = kernel.contrastive_loss(images, texts, 14.3, integers([0, 10, 9]), ranges)
     d_images, d_texts = torch.autograd.grad(loss.sum(), (images, texts))
@@ -211,7 +214,7 @@ def test_a_wrong_label_shows_in_the_gradients(monkeypatch):
 @SPLITS
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_set_leaves_the_others_alone(value, programs, monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     ranges = integers([[0, 7], [7, 20], [0, 7], [7, 20], [7, 20]])
     images, texts, labels = features(5, 8), features(20, 8), labels_in(ranges)
     wanted = evaluate(kernel.contrastive_loss, images, texts, (14.3, labels, ranges), torch.ones(5).to(DEVICE))
@@ -278,10 +281,10 @@ def test_wrong_arguments(change):
 @pytest.mark.parametrize("programs", [0, 1, 5, 100, 10_000])
 @pytest.mark.parametrize("columns", [0, 1, 16, 17, 1000, 100_000])
 def test_splits_cover_the_columns(columns, programs):
-    splits, chunk = kernel._split(programs, columns, 16)
+    splits, chunk = common.split_sum(programs, columns, 16)
     assert chunk % 16 == 0
     assert splits * chunk >= columns > (splits - 1) * chunk or (columns, splits) == (0, 1)
-    assert splits <= max(1, min(kernel.MAX_SPLITS, kernel.PROGRAMS // max(programs, 1)))
+    assert splits <= max(1, min(common.MAX_SPLITS, common.PROGRAMS // max(programs, 1)))
 
 
 def test_workloads_launch_every_kernel():
@@ -289,6 +292,6 @@ def test_workloads_launch_every_kernel():
         for _, call in kernel.workloads():
             call()
     assert len(launches) == 12
-    assert {kernel._contrastive_loss_fwd_kernel, kernel._contrastive_loss_bwd_kernel} == {
+    assert {fwd._contrastive_loss_fwd_kernel, bwd._contrastive_loss_bwd_kernel} == {
         launch.kernel for launch in launches
     }

@@ -242,44 +242,54 @@ MUTANTS = (
     # insert_shared.py
     Mutant("insert_shared: shared row's place", "insert_shared.py", "other=0) + place % P", "other=0)"),
     Mutant("insert_shared: shared rows", "insert_shared.py", "(-1 - source)[:, None]", "(source * 0)[:, None]"),
-    # prompt_transform.py
+    # _prompt_transform_*.py
     Mutant(
         "prompt_transform: relu's gate",
-        "prompt_transform.py",
+        "_prompt_transform_common.py",
         "mask, other=0.0) == 0, 0.0, c)",
         "mask, other=0.0) == 0, c, c)",
     ),
-    Mutant("prompt_transform: gradient unscaled", "prompt_transform.py", "scale * p * (dp", "p * (dp"),
-    Mutant("prompt_transform: residual", "prompt_transform.py", "residual = x2", "residual = x1"),
-    Mutant("prompt_transform: visual bias dropped", "prompt_transform.py", ", bias_ptr=mlp_b_ptr)", ")"),
+    Mutant("prompt_transform: gradient unscaled", "_prompt_transform_common.py", "scale * p * (dp", "p * (dp"),
+    Mutant("prompt_transform: residual", "_prompt_transform_fwd.py", "residual = x2", "residual = x1"),
+    Mutant("prompt_transform: visual bias dropped", "_prompt_transform_fwd.py", ", bias_ptr=mlp_b_ptr)", ")"),
     Mutant(
         "prompt_transform: keys of other heads",
-        "prompt_transform.py",
-        "_product(q + at, S, 1, q + D + at, 1",
-        "_product(q + at, S, 1, q + D, 1",
+        "_prompt_transform_fwd.py",
+        "product(q + at, S, 1, q + D + at, 1",
+        "product(q + at, S, 1, q + D, 1",
     ),
     Mutant(
         "prompt_transform: 1 / std of the other norm",
-        "prompt_transform.py",
+        "_prompt_transform_bwd.py",
         "h1, norm1_w_ptr, rstd1, dx1",
         "h1, norm1_w_ptr, rstd2, dx1",
     ),
-    # contrastive_loss.py
-    Mutant("contrastive_loss: stale sum", "contrastive_loss.py", "total * tl.exp(peak - shift) + tl", "total + tl"),
-    Mutant("contrastive_loss: label's logit", "contrastive_loss.py", "(tl.exp(z - lse) - onehot)", "tl.exp(z - lse)"),
+    # _contrastive_loss_*.py
+    Mutant(
+        "contrastive_loss: stale sum", "_contrastive_loss_fwd.py", "total * tl.exp(peak - shift) + tl", "total + tl"
+    ),
+    Mutant(
+        "contrastive_loss: label's logit", "_contrastive_loss_bwd.py", "(tl.exp(z - lse) - onehot)", "tl.exp(z - lse)"
+    ),
     Mutant(
         "contrastive_loss: a class behind the range",
-        "contrastive_loss.py",
+        "_contrastive_loss_bwd.py",
         "(c < tl.expand_dims(end, IMAGE_AXIS))",
         "(c <= tl.expand_dims(end, IMAGE_AXIS))",
     ),
     Mutant(
         "contrastive_loss: gradient along the feature",
-        "contrastive_loss.py",
+        "_contrastive_loss_bwd.py",
         "(g - (along * x_inverse)[:, None] * x) * x_inverse",
         "g * x_inverse",
     ),
-    Mutant("contrastive_loss: gradient unscaled", "contrastive_loss.py", "g *= scale\n", "g *= 1.0\n"),
+    Mutant("contrastive_loss: gradient unscaled", "_contrastive_loss_bwd.py", "g *= scale\n", "g *= 1.0\n"),
+    Mutant(
+        "contrastive_loss: label counted from the first class",
+        "_contrastive_loss_common.py",
+        "tl.where(good, start + label, -1)",
+        "tl.where(good, label, -1)",
+    ),
     # cpu/common.h
     Mutant(
         "exponential of bfloat16: log2(e)",
