@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from gpu.machine import MIB, Machine, set_precision, significant
 from gpu.models import Clips, compiled, require
-from gpu.op_cases import Bound, Case, errors, small_cases, training_cases
+from gpu.op_cases import Bound, errors, training_cases
 from gpu.record import Task
 
 from upt_fast.engine.backends import dispatch
+from upt_fast.testing_ops import Case, small_cases
 
 
 def measure(machine: Machine, case: Case, dtype: torch.dtype, provider: str) -> dict[str, Any]:

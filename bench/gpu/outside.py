@@ -17,8 +17,10 @@ from gpu import processes
 from gpu.checkout import BENCH, ROOT
 from gpu.machine import Machine, file_hash, sanitizer_path
 from gpu.models import Clips, require
-from gpu.op_cases import Bound, errors, small_cases
+from gpu.op_cases import Bound, errors
 from gpu.record import Skipped, Task
+
+from upt_fast.testing_ops import OPERATIONS, small_cases
 
 TESTS = ROOT / "tests"
 GPU_MARK = "mark.gpu"  # in the files outside tests/kernels that have tests for a GPU
@@ -92,7 +94,7 @@ def exercise(kernel: str, machine: Machine) -> dict[str, Any]:
     """Small forwards and backwards of every op of a kernel file, compared with float64."""
     found, ops = {}, set()
     for case in small_cases():
-        for dtype in case.dtypes if case.kernel == kernel else ():
+        for dtype in case.dtypes if OPERATIONS[case.op].kernel == kernel else ():
             name = f"{case.op} {case.name} {str(dtype).removeprefix('torch.')}"
             try:
                 require("triton", machine, dtype)
@@ -102,7 +104,7 @@ def exercise(kernel: str, machine: Machine) -> dict[str, Any]:
             bound = Bound(case, machine.device, dtype, seed=machine.seed)
             found[name] = errors(bound, partial(bound.forward, "triton"))
     if not found:
-        return {"status": "failed", "message": f"no case in bench/gpu/op_cases.py exercises kernels/{kernel}.py"}
+        return {"status": "failed", "message": f"no case in upt_fast/testing_ops.py exercises kernels/{kernel}.py"}
     row: dict[str, Any] = {"ops": sorted(ops), "cases": len(found), "error": max(r["error"] for r in found.values())}
     wrong = [f"{name}: {r['message']}" for name, r in found.items() if r.get("status") == "failed"]
     if wrong:

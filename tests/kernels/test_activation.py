@@ -1,50 +1,27 @@
 """The activations' kernel against its plain twin in float64: output and gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 from upt_fast.kernels import activation as kernel
 
+from upt_fast import testing_ops
 from upt_fast.clip.frozen import ACTIVATIONS
-from upt_fast.common.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, compare_op, dtype_name, precisions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter has no bfloat16
-PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+PRECISIONS = precisions("activation")
+DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
 KINDS = pytest.mark.parametrize("kind", ACTIVATIONS)
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-
-
-@pytest.fixture
-def gpu_tiles(monkeypatch):
-    """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
-    """Normal numbers of deviation 2, so that all of the activation's bends are met."""
-    return (2 * torch.randn(*shape)).to(DEVICE, dtype).requires_grad_(grad)
+randn = partial(testing_ops.randn, scale=2.0)  # so that all of the activation's bends are met
 
 
 def compare(u, kind, bias=None, weight=None) -> None:
-    """Output and gradient equal those of the twin in float64 on the same numbers; the inputs stay as they were."""
-    weight = randn(*u.shape, dtype=u.dtype) if weight is None else weight
-    before = [t.detach().clone() for t in (u, bias) if t is not None]
-    got = ops.activation(u, kind, bias, backend="triton")
-    (du,) = torch.autograd.grad(got, u, weight)
-    exact = u.detach().double().requires_grad_()
-
-    def run():
-        wanted = reference.activation(exact, kind, None if bias is None else bias.double())
-        return [wanted, *torch.autograd.grad(wanted, exact, weight.double())]
-
-    assert got.dtype == du.dtype == u.dtype
-    assert got.is_contiguous()
-    lowest = u.dtype if bias is None else min(u.dtype, bias.dtype, key=lambda dtype: dtype.itemsize)
-    assert_rounded([got, du], run, lowest)
-    assert all(map(torch.equal, [t for t in (u, bias) if t is not None], before))
+    compare_op("activation", [u, kind, bias], None if weight is None else [weight])
 
 
 @DTYPES
@@ -122,38 +99,12 @@ def test_kinds_differ():
     assert min(float((a - b).abs().max()) for a, b in zip(results, results[1:] + results[:1], strict=True)) > 1e-4
 
 
-@pytest.mark.usefixtures("gpu_tiles")
-def test_repeats_bit_for_bit():
-    u, bias, weight = randn(33, 127, grad=True), randn(127), randn(33, 127)
-    runs = []
-    for _ in range(2):
-        y = ops.activation(u, "gelu_tanh", bias, "triton")
-        runs.append([y, *torch.autograd.grad(y, u, weight)])
-    assert all(map(torch.equal, *runs))
-
-
 def test_backward_keeps_the_input_and_the_bias_only():
     saved = []
     u, bias = randn(5, 33, grad=True), randn(33)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         ops.activation(u, "quick_gelu", bias, backend="triton")
     assert sorted(saved) == sorted([u.data_ptr(), bias.data_ptr()])
-
-
-def test_gradients_of_gradients_are_refused():
-    u = randn(3, 33, grad=True)
-    (grad,) = torch.autograd.grad(ops.activation(u, "gelu", backend="triton").sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="activation_bwd"):
-        grad.sum().backward()
-
-
-def test_float64_is_refused():
-    with pytest.raises(ValueError) as error:
-        ops.activation(torch.zeros(2, 33, dtype=torch.float64, device=DEVICE), "gelu", backend="triton")
-    message = str(error.value)
-    assert message.startswith("no backend for activation\n")
-    assert f"x: (2, 33) float64 {DEVICE}" in message
-    assert "triton: float64 (takes float32, float16, bfloat16)" in message
 
 
 def test_an_unknown_kind_is_refused():
@@ -180,17 +131,3 @@ OPCHECKS = {
 def test_opcheck(case):
     op, inputs = case()
     torch.library.opcheck(op, inputs)
-
-
-@BIAS
-def test_compiles(bias):
-    def f(u, b):
-        y = ops.activation(2 * u, "gelu", b, backend="triton")
-        return (y * y).sum()
-
-    u, b = randn(2, 5, 33, grad=True), randn(33) if bias else None
-    results = []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        y = g(u, b)
-        results.append([y, *torch.autograd.grad(y, u)])
-    assert all(map(torch.equal, *results))

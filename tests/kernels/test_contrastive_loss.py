@@ -8,13 +8,12 @@ from upt_fast.kernels import _contrastive_loss_fwd as fwd
 from upt_fast.kernels import contrastive_loss as kernel
 from upt_fast.kernels._launch import record
 
+from upt_fast import testing_ops
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, dtype_name, integers, precisions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# bfloat16 runs upcast in the interpreter
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DTYPES = pytest.mark.parametrize("dtype", precisions("contrastive_loss"), ids=dtype_name)
 # one program sums everything and projects; several, whose sums are added up afterwards
 SPLITS = pytest.mark.parametrize("programs", [1, common.PROGRAMS], ids=["whole", "split"])
 RANGES = {
@@ -27,11 +26,7 @@ RANGES = {
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape).to(DEVICE, dtype).requires_grad_()
-
-
-def integers(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+    return testing_ops.randn(*shape, dtype=dtype, grad=True)
 
 
 def labels_in(ranges: torch.Tensor) -> torch.Tensor:
@@ -41,21 +36,12 @@ def labels_in(ranges: torch.Tensor) -> torch.Tensor:
 
 def evaluate(f, images, texts, args, weights):
     """Loss, and gradients of images and texts."""
-    loss = f(images, texts, *args)
-    return loss, *torch.autograd.grad(loss, (images, texts), weights.to(loss.dtype))
-
-
-def results(images, texts, *args):
-    """What the kernel gives, and a function for what its twin does in float64 from the same numbers."""
-    weights = torch.randn(len(images)).to(DEVICE)
-    exact = [t.detach().double().requires_grad_() for t in (images, texts)]
-    got = evaluate(kernel.contrastive_loss, images, texts, args, weights)
-    assert [t.dtype for t in got] == [torch.float32, images.dtype, texts.dtype]
-    return got, lambda: evaluate(reference.contrastive_loss, *exact, args, weights)
+    return testing_ops.evaluate(f, [images, texts, *args], [weights])
 
 
 def compare(images, texts, *args) -> None:
-    assert_rounded(*results(images, texts, *args), images.dtype)
+    inputs = [images, texts, *args]
+    testing_ops.compare(kernel.contrastive_loss, reference.contrastive_loss, inputs, dtype=torch.float32)
 
 
 @DTYPES
@@ -126,8 +112,16 @@ def test_zero_and_tiny_vectors(programs, monkeypatch):
     with torch.no_grad():
         for t in (images, texts):
             t[:4] *= torch.tensor([[0.0], [1e-15], [1e-13], [1e-10]], device=DEVICE)
-    got, run = results(images, texts, 14.3, integers([0, 1, 2, 39, 3, 17]))
-    assert_rounded([row for t in got for row in t], lambda: [row for t in run() for row in t], torch.float32)
+    inputs, weights = [images, texts, 14.3, integers([0, 1, 2, 39, 3, 17])], [torch.randn(6).to(DEVICE)]
+    got, exact = (
+        testing_ops.evaluate(kernel.contrastive_loss, inputs, weights),
+        testing_ops.copied(inputs, torch.float64),
+    )
+
+    def run():
+        return [row for t in testing_ops.evaluate(reference.contrastive_loss, exact, weights) for row in t]
+
+    assert_rounded([row for t in got for row in t], run, torch.float32)
 
 
 def test_strided_features_and_gradient():
@@ -227,14 +221,6 @@ def test_a_diverged_set_leaves_the_others_alone(value, programs, monkeypatch):
         assert torch.equal(g[others], w[others])
 
 
-def test_twice_the_same():
-    ranges = integers(RANGES["sets_mixed_in_a_block"])
-    inputs, args = (features(len(ranges), 19), features(141, 19)), (14.3, labels_in(ranges), ranges)
-    weights = torch.randn(len(ranges)).to(DEVICE)
-    first, second = (evaluate(kernel.contrastive_loss, *inputs, args, weights) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
 def test_opcheck():
     images, texts, scale = features(3, 8), features(5, 8), torch.tensor(14.3, device=DEVICE)
     args = scale, integers([3, 2, 0]), integers([[0, 4], [2, 5], [4, 5]])
@@ -243,16 +229,6 @@ def test_opcheck():
     loss, *saved = kernel._fwd(images, texts, *args)
     for of_text in (False, True):
         torch.library.opcheck(kernel._bwd, (torch.randn_like(loss), images, texts, *args, *saved, of_text))
-
-
-def test_compiles_as_one_graph():
-    images, texts, labels = features(3, 8), features(5, 8), integers([4, 0, 2])
-    compiled = torch.compile(kernel.contrastive_loss, backend="aot_eager", fullgraph=True)
-    results = [
-        evaluate(f, images, texts, (14.3, labels), torch.ones(3).to(DEVICE))
-        for f in (compiled, kernel.contrastive_loss)
-    ]
-    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(

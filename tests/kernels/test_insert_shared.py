@@ -3,36 +3,19 @@ every gradient."""
 
 import pytest
 import torch
-from upt_fast.kernels import _launch
-from upt_fast.kernels import insert_shared as kernel
+from upt_fast.kernels import insert_shared as kernel  # noqa: F401 registers the operators
 
-from upt_fast.common.closeness import assert_rounded, relative_rms
+from upt_fast import testing_ops
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
-from upt_fast.engine.layout import BufferPlaces, PackedLayout
+from upt_fast.engine.layout import PackedLayout
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, Numbers, compare_op, dtype_name, integers, precisions, randn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter has no bfloat16
-PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
+PRECISIONS = precisions("insert_shared")
 HALF = PRECISIONS[1:]
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
 NAN = float("nan")
-
-
-@pytest.fixture
-def gpu_tiles(monkeypatch):
-    """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
-    monkeypatch.setattr(_launch, "INTERPRETED", False)
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
-    return torch.randn(*shape).to(DEVICE, dtype).requires_grad_(grad)
-
-
-def integers(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
 
 # set 1 of "unused_set" has no sequence; "many" are more than a program adds at once
 LAYOUTS = {
@@ -47,31 +30,14 @@ LAYOUTS = {
 
 def inputs_of(runs, P, *features, dtype=torch.float32):
     """own, shared, and the places."""
-    layout = PackedLayout(runs)
-    own = randn(layout.num_rows, *features, dtype=dtype, grad=True)
-    shared = randn(len(runs), P, *features, dtype=dtype, grad=True)
-    return own, shared, BufferPlaces(*(t.to(DEVICE) for t in BufferPlaces.of(layout, P)))
+    return testing_ops.insert_shared(Numbers(dtype), PackedLayout(runs), P, *features)
 
 
 def compare(own, shared, places, weight=None) -> None:
     """The buffer, which is a copy, and both gradients."""
-    before = [t.detach().clone() for t in (own, shared)]
-    got = ops.insert_shared(own, shared, places, backend="triton")
-    weight = randn(*got.shape, dtype=own.dtype) if weight is None else weight
-    exact = [t.detach().double().requires_grad_() for t in (own, shared)]
-    wanted = reference.insert_shared(*exact, places)
-    assert got.dtype == own.dtype
-    assert got.is_contiguous()
-    assert torch.equal(got, wanted.to(own.dtype))
-    gradients = torch.autograd.grad(got, [own, shared], weight)
-    assert [g.dtype for g in gradients] == [own.dtype, shared.dtype]
-
-    def run():
-        wanted = reference.insert_shared(*exact, places)
-        return torch.autograd.grad(wanted, exact, weight.double(), materialize_grads=True)
-
-    assert_rounded(gradients, run, min(own.dtype, shared.dtype, key=lambda dtype: dtype.itemsize))
-    assert all(map(torch.equal, (own, shared), before))
+    compare_op("insert_shared", [own, shared, places], None if weight is None else [weight])
+    buffer = ops.insert_shared(own, shared, places, backend="triton")
+    assert torch.equal(buffer, reference.insert_shared(own.double(), shared.double(), places).to(own.dtype))
 
 
 @DTYPES
@@ -153,16 +119,6 @@ def test_sets_do_not_see_each_other():
     assert (dshared[1] == 33).all()
 
 
-@pytest.mark.usefixtures("gpu_tiles")
-def test_repeats_bit_for_bit():
-    own, shared, places = inputs_of(LAYOUTS["many"], 3, 2, 65)
-    weight, runs = randn(len(places.source), 2, 65), []
-    for _ in range(2):
-        buffer = ops.insert_shared(own, shared, places, backend="triton")
-        runs.append([buffer, *torch.autograd.grad(buffer, [own, shared], weight)])
-    assert all(map(torch.equal, *runs))
-
-
 def test_backward_keeps_places_only():
     own, shared, places = inputs_of(LAYOUTS["sets"], 2, 33)
     saved = []
@@ -175,38 +131,6 @@ def test_backward_keeps_places_only():
 def bwd_inputs():
     _, _, places = inputs_of(LAYOUTS["sets"], 2, 2, 5)
     return randn(len(places.source), 2, 5), *places[1:], 2
-
-
-def test_compiles():
-    def f(own, shared):
-        buffer = ops.insert_shared(2 * own, shared, places, backend="triton")
-        return (buffer * buffer * buffer).sum()
-
-    own, shared, places = inputs_of(LAYOUTS["sets"], 2, 2, 5)
-    results = []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        loss = g(own, shared)
-        results.append([loss, *torch.autograd.grad(loss, [own, shared])])
-    assert all(map(torch.equal, *results))
-
-
-def test_gradients_of_gradients_are_refused():
-    own, shared, places = inputs_of(LAYOUTS["sets"], 2, 33)
-    y = ops.insert_shared(own, shared, places, backend="triton")
-    (grad,) = torch.autograd.grad(y.pow(3).sum(), own, create_graph=True)
-    with pytest.raises(RuntimeError, match="insert_shared_bwd"):
-        grad.sum().backward()
-
-
-def test_float64_is_refused():
-    x = torch.zeros(2, 4, 33, dtype=torch.float64, device=DEVICE)
-    places = BufferPlaces(*(t.to(DEVICE) for t in BufferPlaces.of(PackedLayout((((1, 2),),)), 1)))
-    with pytest.raises(ValueError) as error:
-        ops.insert_shared(x, x[None, :1], places, backend="triton")
-    message = str(error.value)
-    assert message.startswith("no backend for insert_shared\n")
-    assert f"x: (2, 4, 33) float64 {DEVICE}" in message
-    assert "triton: float64 (takes float32, float16, bfloat16)" in message
 
 
 OPCHECKS = {

@@ -1,59 +1,25 @@
 """LayerNorm's kernel, alone and after a residual sum, against its plain twin in float64: outputs and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
-from upt_fast.kernels import _launch
 from upt_fast.kernels import layer_norm as kernel  # noqa: F401 registers the operators
 
-from upt_fast.common.closeness import assert_rounded, relative_rms
+from upt_fast import testing_ops
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, EPS, compare_op, dtype_name, precisions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter has no bfloat16
-PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-EPS = 1e-5
-
-
-@pytest.fixture
-def gpu_tiles(monkeypatch):
-    """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
-    monkeypatch.setattr(_launch, "INTERPRETED", False)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> torch.Tensor:
-    return torch.randn(*shape).to(DEVICE, dtype).requires_grad_(grad)
-
-
-def evaluate(f, inputs, weights, **options):
-    """f's outputs, and the inputs' gradients by those outputs that have a weight."""
-    outputs = f(*inputs, EPS, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    used = [(y, w.to(y.dtype)) for y, w in zip(outputs, weights, strict=True) if w is not None]
-    return outputs, torch.autograd.grad([y for y, _ in used], inputs, [w for _, w in used])
+PRECISIONS = precisions("layer_norm")
+DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
+randn = partial(testing_ops.randn, grad=True)
 
 
 def compare(inputs, weights=None) -> None:
     """x -> h for one input, (x, y) -> (s, h) for two; every gradient, from the outputs whose weight is not None."""
-    name = "layer_norm" if len(inputs) == 1 else "add_layer_norm"
-    dtype = inputs[0].dtype
-    weights = [randn(*inputs[0].shape, dtype=dtype, grad=False) for _ in inputs] if weights is None else weights
-    before = [t.detach().clone() for t in inputs]
-    outputs, gradients = evaluate(getattr(ops, name), inputs, weights, backend="triton")
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    exact_weights = [None if w is None else w.double() for w in weights]
-    assert {t.dtype for t in outputs} == {dtype}
-    assert all(t.is_contiguous() for t in outputs)
-    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
-
-    def run():
-        wanted = evaluate(getattr(reference, name), exact, exact_weights)
-        return [*wanted[0], *wanted[1]]
-
-    lowest = min((t.dtype for t in inputs), key=lambda dtype: dtype.itemsize)
-    assert_rounded([*outputs, *gradients], run, lowest)
-    assert all(map(torch.equal, inputs, before))
+    compare_op("layer_norm" if len(inputs) == 1 else "add_layer_norm", [*inputs, EPS], weights)
 
 
 @DTYPES
@@ -168,36 +134,11 @@ def test_rows_do_not_see_each_other():
     assert results[1][7].isnan().all()
 
 
-@pytest.mark.usefixtures("gpu_tiles")
-def test_repeats_bit_for_bit():
-    inputs, weights = [randn(33, 127), randn(33, 127)], [randn(33, 127), randn(33, 127)]
-    first, second = (evaluate(ops.add_layer_norm, inputs, weights, backend="triton") for _ in range(2))
-    assert all(torch.equal(a, b) for f, s in zip(first, second, strict=True) for a, b in zip(f, s, strict=True))
-
-
 def test_backward_keeps_h_and_the_deviations_only():
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         ops.add_layer_norm(randn(2, 5, 33), randn(2, 5, 33), EPS, backend="triton")
     assert sorted(shapes) == [(2, 5), (2, 5, 33)]
-
-
-def test_gradients_of_gradients_are_refused():
-    x = randn(3, 33)
-    (grad,) = torch.autograd.grad(ops.layer_norm(x, EPS, "triton").pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="layer_norm_bwd"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
-def test_float64_is_refused(name):
-    inputs = [torch.zeros(2, 33, dtype=torch.float64, device=DEVICE)] * (1 if name == "layer_norm" else 2)
-    with pytest.raises(ValueError) as error:
-        getattr(ops, name)(*inputs, EPS, backend="triton")
-    message = str(error.value)
-    assert message.startswith(f"no backend for {name}\n")
-    assert f"x: (2, 33) float64 {DEVICE}" in message
-    assert "triton: float64 (takes float32, float16, bfloat16)" in message
 
 
 OPCHECKS = {
@@ -219,18 +160,3 @@ def gradient_and_saved():
 def test_opcheck(case):
     op, inputs = case()
     torch.library.opcheck(op, inputs)
-
-
-@pytest.mark.parametrize("count", [1, 2], ids=["layer_norm", "add_layer_norm"])
-def test_compiles(count):
-    def f(*inputs):
-        op = ops.layer_norm if count == 1 else ops.add_layer_norm
-        outputs = op(*(2 * t for t in inputs), EPS, backend="triton")
-        return sum((t * t * t).sum() for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
-
-    inputs = [randn(2, 5, 33) for _ in range(count)]
-    results = []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        y = g(*inputs)
-        results.append([y, *torch.autograd.grad(y, inputs)])
-    assert all(map(torch.equal, *results))

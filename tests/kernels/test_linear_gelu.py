@@ -11,11 +11,9 @@ from upt_fast.clip.frozen import ACTIVATIONS
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, Numbers, compare_op, dtype_name, frozen_mlp, precisions, randn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter has no bfloat16
-PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DTYPES = pytest.mark.parametrize("dtype", precisions("linear_gelu"), ids=dtype_name)
 KINDS = pytest.mark.parametrize("kind", ACTIVATIONS)
 RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 # sizes of which blocks are never full; several groups of rows of tiles, several tiles a program, two pieces
@@ -29,33 +27,13 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(*shape)).to(DEVICE, dtype)
-
-
 def weights(width: int, hidden: int, out: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """W_1, b_1, W_2, b_2 such that hidden features have deviation 2 and outputs 1."""
-    fc, proj = randn(hidden, width, dtype=dtype, scale=2 * width**-0.5), randn(out, hidden, dtype=dtype)
-    return [fc, randn(hidden, dtype=dtype), proj * max(hidden, 1) ** -0.5, randn(out, dtype=dtype)]
+    return frozen_mlp(Numbers(dtype), width, hidden, out)
 
 
 def compare(h, w, kind="gelu", recompute=False, dy=None) -> None:
-    """Output and gradient equal those of the twin in float64 on the same numbers; the inputs stay as they were."""
-    before = [t.detach().clone() for t in (h, *w)]
     h = h.detach().requires_grad_()
-    got = ops.linear_gelu(h, *w, kind, recompute, "triton")
-    dy = torch.randn(got.shape).to(got) if dy is None else dy
-    (dh,) = torch.autograd.grad(got, h, dy)
-    exact = h.detach().double().requires_grad_()
-    exact_w = [t.double() for t in w]
-
-    def run():
-        wanted = reference.linear_gelu(exact, *exact_w, kind)
-        return [wanted, *torch.autograd.grad(wanted, exact, dy.double())]
-
-    assert got.dtype == dh.dtype == h.dtype
-    assert_rounded([got, dh], run, h.dtype)
-    assert all(map(torch.equal, (h, *w), before))
+    compare_op("linear_gelu", [h, *w, kind, recompute], None if dy is None else [dy])
 
 
 @DTYPES
@@ -195,24 +173,6 @@ def test_frozen_weights_get_no_gradient(recompute):
     assert [g is None for g in grads] == [False, True, True, True, True]
 
 
-def test_gradients_of_gradients_are_refused():
-    h = randn(3, 33).requires_grad_()
-    y = ops.linear_gelu(h, *weights(33, 70, 33), "gelu", backend="triton")
-    (grad,) = torch.autograd.grad(y.sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="linear_gelu_bwd"):
-        grad.sum().backward()
-
-
-@RECOMPUTE
-def test_repeats_bit_for_bit(recompute):
-    h, w = randn(130, 33).requires_grad_(), weights(33, 150, 33)
-    runs = []
-    for _ in range(2):
-        y = ops.linear_gelu(h, *w, "quick_gelu", recompute, "triton")
-        runs.append([y, *torch.autograd.grad(y.square().sum(), h)])
-    assert all(map(torch.equal, *runs))
-
-
 @RECOMPUTE
 def test_autocast(recompute):
     """The products in autocast's dtype, as PyTorch's own linears make them."""
@@ -244,10 +204,6 @@ def test_plain_operations_recompute_too():
 
 def test_float64_is_refused():
     h, w = randn(2, 33, dtype=torch.float64), weights(33, 70, 33, torch.float64)
-    with pytest.raises(
-        ValueError, match=r"no backend for linear_gelu\n.*\(2, 33\) float64 \w+\S*\n    triton: float64"
-    ):
-        ops.linear_gelu(h, *w, "gelu", backend="triton")
     with pytest.raises(ValueError, match="float64 rows; wanted one of float32, float16, bfloat16"):
         kernel.linear_gelu_linear(h, *w, "gelu")
 
@@ -298,21 +254,6 @@ def _opchecks():
 def test_opcheck(case):
     op, inputs = _opchecks()[case]
     torch.library.opcheck(op, inputs)
-
-
-@RECOMPUTE
-def test_compiles(recompute):
-    w = weights(33, 40, 33)
-
-    def f(h):
-        return ops.linear_gelu(2 * h, *w, "gelu", recompute, "triton").square().sum()
-
-    h = randn(2, 5, 33).requires_grad_()
-    results = []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        y = g(h)
-        results.append([y, *torch.autograd.grad(y, h)])
-    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("limit", [64, 99, 163, 227])

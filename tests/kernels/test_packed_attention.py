@@ -7,50 +7,46 @@ from hypothesis import strategies as st
 from upt_fast.kernels import packed_attention as kernel
 from upt_fast.kernels.prefix_attention import attend
 
-from upt_fast.common.closeness import assert_rounded, relative_rms
+from upt_fast import testing_ops
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.layout import TILE_ROWS, PackedLayout, PackedTiles
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, Numbers, compare_op, dtype_name, precisions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# bfloat16 runs upcast in the interpreter
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DTYPES = pytest.mark.parametrize("dtype", precisions("packed_attention"), ids=dtype_name)
 LAST = pytest.mark.parametrize("last_only", [False, True], ids=["rows", "last_rows"])
 NAN = float("nan")
 NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
 
 
 def make(sets, P=3, H=2, K=16, last_only=False, dtype=torch.float32):
-    """q, k, v and the prefixes as views of products, and the layout."""
-    layout = PackedLayout(sets)
-    q, k, v = torch.randn(layout.num_rows, 3, H, K).to(DEVICE, dtype).unbind(1)
-    if last_only:
-        q = torch.randn(layout.num_classes, H, K).to(DEVICE, dtype)
-    prefixes = torch.randn(len(sets), P, 2, H, K).to(DEVICE, dtype).unbind(2)
-    return [*((q * K**-0.5).detach(), k.detach(), v.detach()), *(t.detach() for t in prefixes), layout]
+    """q, k, v and the prefixes as views of products, and the layout; constants."""
+    *tensors, layout = testing_ops.packed_attention(Numbers(dtype), PackedLayout(sets), P, H, K, last_only)
+    return [*(t.detach() for t in tensors), layout]
 
 
-def evaluate(f, inputs, weight, needs=NAMES, **options):
-    """The output and the gradients of the tensors named in `needs`."""
+def evaluate(inputs, weight, needs=NAMES):
+    """The output and the gradients of the tensors named in `needs`, by the kernels."""
+    arguments = chosen(inputs, needs)
+    return testing_ops.evaluate(lambda *t: ops.packed_attention(*t, backend="triton"), arguments, [weight])
+
+
+def chosen(inputs, needs):
+    """The inputs, of which those named need gradients."""
     leaves = [t.detach().requires_grad_(name in needs) for name, t in zip(NAMES, inputs, strict=False)]
-    out = f(*leaves, inputs[5], **options)
-    wanted = [t for t in leaves if t.requires_grad]
-    return [out, *torch.autograd.grad(out, wanted, weight, materialize_grads=True)]
+    return [*leaves, inputs[5]]
 
 
-def exact(inputs):
-    return [*(t.double() for t in inputs[:5]), inputs[5]]
+def twin(inputs, weight):
+    """The same in float64 by the plain twin."""
+    return testing_ops.evaluate(
+        reference.packed_attention, testing_ops.copied(chosen(inputs, NAMES), torch.float64), [weight]
+    )
 
 
-def compare(inputs, needs=NAMES, weight=None):
-    q = inputs[0]
-    weight = torch.randn(q.shape).to(q) if weight is None else weight
-    got = evaluate(ops.packed_attention, inputs, weight, needs, backend="triton")
-    assert {t.dtype for t in got} == {q.dtype}
-    assert got[0].is_contiguous()
-    exact_inputs, exact_weight = exact(inputs), weight.double()
-    assert_rounded(got, lambda: evaluate(reference.packed_attention, exact_inputs, exact_weight, needs), q.dtype)
+def compare(inputs, needs=NAMES, weight=None) -> None:
+    compare_op("packed_attention", chosen(inputs, needs), None if weight is None else [weight])
 
 
 # the first four fit in tiles with up to 20 shared rows, the others have classes that do not
@@ -168,7 +164,7 @@ def test_strided(name, place, view):
 @pytest.mark.parametrize("sets", [((),), ((), ())], ids=["one_set", "two_sets"])
 def test_no_classes(sets, last_only):
     inputs = make(sets, last_only=last_only)
-    out, *gradients = evaluate(ops.packed_attention, inputs, torch.ones_like(inputs[0]), backend="triton")
+    out, *gradients = evaluate(inputs, torch.ones_like(inputs[0]))
     assert out.shape == (0, 2, 16)
     for t, g in zip(inputs, gradients, strict=False):
         assert torch.equal(g, torch.zeros_like(t))
@@ -181,8 +177,8 @@ def test_extreme_scores(factor, name):
     inputs = make(LAYOUTS[name])
     inputs[0] = inputs[0] * factor
     weight = torch.randn_like(inputs[0])
-    got = evaluate(ops.packed_attention, inputs, weight, backend="triton")
-    wanted = evaluate(reference.packed_attention, exact(inputs), weight.double())
+    got = evaluate(inputs, weight)
+    wanted = twin(inputs, weight)
     for a, b in zip(got, wanted, strict=True):
         assert a.isfinite().all()
         assert float((a - b).detach().abs().max()) <= 1e-4 * max(1.0, factor) * float(b.detach().abs().max() + 1)
@@ -206,7 +202,7 @@ def test_classes_do_not_see_each_other(name, last_only, place, value):
         tensors = [*changed[:3], weight.clone()]
         if bad:
             tensors[place][(c if last_only else row) if place in (0, 3) else row, 0, 3] = value
-        results.append(evaluate(ops.packed_attention, changed, tensors[3], backend="triton"))
+        results.append(evaluate(changed, tensors[3]))
     if place != 3 and value != value:
         assert results[1][0][own[0]].isnan().any()
     for part, a, b in zip([own[0], *own], results[0][:4], results[1][:4], strict=True):
@@ -227,7 +223,7 @@ def test_sets_do_not_see_each_other(name):
     for bad in (1.0, NAN):
         changed = [*inputs[:3], *(t.clone() for t in inputs[3:5]), inputs[5]]
         changed[3][2] *= bad
-        results.append(evaluate(ops.packed_attention, changed, weight, backend="triton"))
+        results.append(evaluate(changed, weight))
     last = len(weight) - sum(count * length for count, length in inputs[5].sets[2])  # first row of set 2
     if name == "sets":
         last -= sum(count * length for count, length in inputs[5].sets[3])
@@ -236,14 +232,6 @@ def test_sets_do_not_see_each_other(name):
         assert b[last : last + 2].isnan().all()
     for a, b in zip(results[0][4:], results[1][4:], strict=True):
         assert torch.equal(a[:2], b[:2])
-
-
-@pytest.mark.parametrize("name", ["sets", "one_row_classes", "long_and_short"])
-def test_repeats_bit_for_bit(name):
-    inputs = make(LAYOUTS[name])
-    weight = torch.randn_like(inputs[0])
-    first, second = (evaluate(ops.packed_attention, inputs, weight, backend="triton") for _ in range(2))
-    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("name", ["sets", "long_and_short"])
@@ -280,14 +268,6 @@ def test_gradients_after_inference_mode():
     compare(inputs)
 
 
-def test_gradients_of_gradients_are_refused():
-    q, *others = make(LAYOUTS["runs"])
-    q.requires_grad_()
-    (grad,) = torch.autograd.grad(ops.packed_attention(q, *others, backend="triton").pow(3).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="packed_attention_bwd"):
-        grad.sum().backward()
-
-
 def test_autocast():
     """Everything in autocast's dtype, whatever each linear left."""
     inputs = make(LAYOUTS["runs"])
@@ -315,11 +295,6 @@ def test_what_does_not_fit_is_refused(change):
     tiles = PackedTiles.of(layout, 3).to(DEVICE)
     with pytest.raises(ValueError, match=r"q \(.*wanted k and v \(60, H, K\), q \(60, H, K\) or \(16, H, K\)"):
         kernel.packed_attention(*change(*inputs), tiles)
-
-
-def test_float64_is_refused():
-    with pytest.raises(ValueError, match=r"no backend for packed_attention\n.*\n    triton: float64"):
-        ops.packed_attention(*exact(make(LAYOUTS["runs"])), backend="triton")
 
 
 def op_inputs(name, last_only=False, grad=False):
@@ -358,17 +333,3 @@ OPCHECKS = {
 def test_opcheck(case):
     name, inputs = case()
     torch.library.opcheck(getattr(torch.ops.upt_fast, name), tuple(inputs))
-
-
-@pytest.mark.parametrize("name", ["sets", "long_and_short"])
-def test_compiles(name):
-    def f(*leaves):
-        return ops.packed_attention(2 * leaves[0], *leaves[1:], layout, "triton", tiles).pow(3).sum()
-
-    *inputs, layout = make(LAYOUTS[name])
-    tiles = PackedTiles.of(layout, 3).to(DEVICE)
-    leaves, results = [t.requires_grad_() for t in inputs], []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        loss = g(*leaves)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    assert all(map(torch.equal, *results))

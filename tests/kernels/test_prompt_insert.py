@@ -1,91 +1,46 @@
 """The kernels that put prompts into streams, against their plain twins in float64: outputs, gradients, and the memory
 that they must leave alone."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from upt_fast.kernels import _launch
 from upt_fast.kernels import prompt_insert as kernel  # noqa: F401 registers the operators
 
-from upt_fast.common.closeness import assert_rounded, relative_rms
+from upt_fast import testing_ops
+from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
 from upt_fast.reference import ops as reference
+from upt_fast.testing_ops import DEVICE, EPS, Numbers, dtype_name, integers, precisions, randn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter has no bfloat16
-PRECISIONS = (torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda"))
+PRECISIONS = precisions("prompt_insert")
 HALF = PRECISIONS[1:]
-DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-EPS = 1e-5
+DTYPES = pytest.mark.parametrize("dtype", PRECISIONS, ids=dtype_name)
 NAN = float("nan")
-
-
-@pytest.fixture
-def gpu_tiles(monkeypatch):
-    """The blocks of a GPU, of which small shapes fill several; other tests run those that suit the interpreter."""
-    monkeypatch.setattr(_launch, "INTERPRETED", False)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
-    return torch.randn(*shape).to(DEVICE, dtype).requires_grad_(grad)
-
-
-def integers(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
-
-def lowest(*tensors: torch.Tensor) -> torch.dtype:
-    """The lowest of their precisions."""
-    return min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-
-
-def is_float(t: torch.Tensor | None) -> bool:
-    return t is not None and t.is_floating_point()
 
 
 def stream_inputs(B, T, P, D, sets=None, dtype=torch.float32, residual=True):
     """x, y, prompts and set_index; the reserved rows of x and y hold NaN. `sets` is each sequence's set of 1 + max."""
-    x, y = randn(B, T, D, dtype=dtype), randn(B, T, D, dtype=dtype) if residual else None
-    for t in (x, y):
-        if t is not None:
-            t[:, :P] = NAN
-            t.requires_grad_()
-    S = 1 if sets is None else 1 + max(*sets, 0)
-    return SimpleNamespace(
-        x=x, y=y, prompts=randn(S, P, D, dtype=dtype, grad=True), set_index=None if sets is None else integers(sets)
-    )
+    x, *others, _ = testing_ops.prompt_insert(Numbers(dtype), B, T, P, D, sets, residual)
+    return SimpleNamespace(**dict(zip(("x", "y", "prompts", "set_index"), (x.requires_grad_(), *others), strict=True)))
 
 
-def evaluate(f, inputs, weights, **options):
-    """Stream, h, and the gradients of those of x, y and prompts that have one, by the outputs that have a weight."""
-    x, y, prompts, set_index = inputs
-    # x is changed in place, which a leaf must not be
-    outputs = f(x.clone(memory_format=torch.contiguous_format), y, prompts, set_index, EPS, **options)
-    used = [(out, w.to(out.dtype)) for out, w in zip(outputs, weights, strict=True) if w is not None]
-    leaves = [t for t in inputs if is_float(t) and t.requires_grad]
-    return outputs, torch.autograd.grad([out for out, _ in used], leaves, [w for _, w in used]), leaves
+def insert(x, *others, **options):
+    """On a copy of x: a leaf must not be changed in place."""
+    return ops.prompt_insert(x.clone(memory_format=torch.contiguous_format), *others, **options)
+
+
+def evaluate(inputs, weights):
+    """Stream and h, and the gradients of those of x, y and prompts that have one."""
+    outputs, arguments = insert(*inputs, EPS, backend="triton"), [*inputs]
+    return outputs, testing_ops.gradients(outputs, arguments, weights)
 
 
 def compare(x, y, prompts, set_index, weights=None) -> None:
     """Stream, h and every gradient; weights: of both outputs' elements, None where an output is not used."""
-    inputs, dtype = [x, y, prompts, set_index], x.dtype
-    weights = [randn(*x.shape, dtype=dtype) for _ in "sh"] if weights is None else weights
-    others = [(t, t.detach().clone()) for t in inputs[1:] if t is not None]
-    outputs, gradients, leaves = evaluate(ops.prompt_insert, inputs, weights, backend="triton")
-    exact = [t.detach().double().requires_grad_(t.requires_grad) if is_float(t) else t for t in inputs]
-    exact_weights = [None if w is None else w.double() for w in weights]
-    assert {t.dtype for t in outputs} == {dtype}
-    assert all(t.is_contiguous() for t in outputs)
-    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
-
-    def run():
-        wanted = evaluate(reference.prompt_insert, exact, exact_weights)
-        return [*wanted[0], *wanted[1]]
-
-    assert_rounded([*outputs, *gradients], run, lowest(*filter(is_float, inputs)))
-    for t, before in others:
-        assert torch.equal(t.nan_to_num(7.0), before.nan_to_num(7.0))
+    kernels = partial(insert, backend="triton")
+    testing_ops.compare(kernels, reference.prompt_insert, [x, y, prompts, set_index, EPS], weights)
 
 
 STREAMS = {
@@ -255,7 +210,7 @@ def test_layer_after_layer():
 def test_the_stream_before_has_no_gradient_in_the_reserved_rows():
     inputs = stream_inputs(3, 5, 2, 33)
     weights = [randn(3, 5, 33), randn(3, 5, 33)]
-    _, (dx, dy, _), _ = evaluate(ops.prompt_insert, vars(inputs).values(), weights, backend="triton")
+    _, (dx, dy, _) = evaluate(vars(inputs).values(), weights)
     assert (dx[:, :2] == 0).all()
     assert (dy[:, :2] == 0).all()
     assert (dx[:, 2:] != 0).all()
@@ -271,7 +226,7 @@ def test_images_and_sets_do_not_see_each_other():
             inputs.x[4, 2:] = NAN if bad else 1.0  # an image of set 0
             inputs.prompts[2] = NAN if bad else 2.0
             weights[0][9], weights[1][9] = (NAN, NAN) if bad else (1.0, 1.0)  # of set 0
-        outputs, gradients, _ = evaluate(ops.prompt_insert, vars(inputs).values(), weights, backend="triton")
+        outputs, gradients = evaluate(vars(inputs).values(), weights)
         results.append(([*outputs, *gradients[:2]], gradients[2]))
     good = [b for b in range(35) if b not in (4, 9)]
     for a, b in zip(results[0][0], results[1][0], strict=True):
@@ -282,39 +237,12 @@ def test_images_and_sets_do_not_see_each_other():
     assert results[1][1][0].isnan().all()
 
 
-@pytest.mark.usefixtures("gpu_tiles")
-def test_repeats_bit_for_bit():
-    inputs, weights = stream_inputs(37, 3, 2, 127, (0, 1, 1, 0, 1) * 7 + (0, 1)), [randn(37, 3, 127) for _ in "sh"]
-    first, second = (
-        evaluate(ops.prompt_insert, vars(inputs).values(), weights, backend="triton")[:2] for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for f, s in zip(first, second, strict=True) for a, b in zip(f, s, strict=True))
-
-
 def test_backward_keeps_h_and_the_deviations_only():
     inputs, shapes = stream_inputs(2, 5, 3, 33, (1, 0)), []
     x = inputs.x.clone()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         ops.prompt_insert(x, inputs.y, inputs.prompts, inputs.set_index, EPS, backend="triton")
     assert sorted(shapes) == [(2,), (2, 5), (2, 5, 33)]
-
-
-def test_gradients_of_gradients_are_refused():
-    x = randn(2, 4, 33, grad=True)
-    y = ops.prompt_insert(x.clone(), None, randn(1, 2, 33), None, EPS, backend="triton")[1]
-    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="prompt_insert_bwd"):
-        grad.sum().backward()
-
-
-def test_float64_is_refused():
-    x = torch.zeros(2, 4, 33, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(ValueError) as error:
-        ops.prompt_insert(x, x, x[:1, :2], None, EPS, backend="triton")
-    message = str(error.value)
-    assert message.startswith("no backend for prompt_insert\n")
-    assert f"x: (2, 4, 33) float64 {DEVICE}" in message
-    assert "triton: float64 (takes float32, float16, bfloat16)" in message
 
 
 def saved_of_stream():
@@ -335,21 +263,6 @@ OPCHECKS = {
 def test_opcheck(case):
     name, inputs = case()
     torch.library.opcheck(getattr(torch.ops.upt_fast, name), tuple(inputs))
-
-
-@pytest.mark.parametrize("sets", [None, SETS], ids=["shared", "sets"])
-def test_compiles(sets):
-    def f(x, y, prompts):
-        stream, h = ops.prompt_insert(2 * x, y, prompts, index, EPS, backend="triton")
-        return (stream.square() + h * h * h).sum()
-
-    inputs = stream_inputs(3, 5, 2, 33, sets)
-    index, leaves, results = inputs.set_index, [inputs.x, inputs.y, inputs.prompts], []
-    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        loss = g(*leaves)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    assert all(map(torch.equal, *results))
-    assert results[0][0].isfinite()
 
 
 def test_compiles_on_the_callers_stream():

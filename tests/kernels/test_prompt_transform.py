@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,18 +13,12 @@ pytest.importorskip("triton")
 
 from upt_fast.kernels.prompt_transform import _bwd, _fwd, prompt_transform
 
-from upt_fast.common.closeness import assert_rounded, relative_rms
+from upt_fast.common.closeness import relative_rms
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import LearnerSetting
 from upt_fast.prompts.upt import UnifiedPromptLearner
+from upt_fast.testing_ops import DEVICE, compare, dtype_name, precisions, randn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter's bfloat16 is wrong
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]),
-]
 FORMS = pytest.mark.parametrize("released", [False, True], ids=["paper", "released"])
 EPS = {"eps1": 1e-5, "eps2": 1e-3}
 
@@ -31,7 +27,7 @@ def inputs(layers: int, n: int, d: int, w: int, dtype: torch.dtype = torch.float
     """u and the parameters, in prompt_transform's order."""
 
     def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
-        return (mean + std * torch.randn(*shape)).to(DEVICE, dtype).requires_grad_()
+        return (mean + randn(*shape, scale=std)).to(dtype).requires_grad_()
 
     norm = [dict(std=0.2, mean=1.0), dict(std=0.1)]
     return [
@@ -71,25 +67,16 @@ def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor], douts: list[Ten
 
 def check(leaves: list[Tensor], **options) -> None:
     """Outputs and every gradient against the formula in float64."""
-    got = prompt_transform(*leaves, **options)
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    douts = [torch.randn_like(t) for t in got]
-    exact_douts = [t.double() for t in douts]
-    got_grads = gradients(got, leaves, douts)
-    assert {t.dtype for t in (*got, *got_grads)} == {leaves[0].dtype}
-
-    def run() -> list[Tensor]:
-        wanted = formula(*exact, **options)
-        return [*wanted, *gradients(wanted, exact, exact_douts)]
-
-    assert_rounded([*got, *got_grads], run, leaves[0].dtype)
+    compare(partial(prompt_transform, **options), partial(formula, **options), leaves)
     if options["released"]:
+        got = prompt_transform(*leaves, **options)
+        weights = gradients(got, leaves[1:3], [torch.randn_like(t) for t in got])
         queries_and_keys = 2 * leaves[0].shape[-1]
-        assert not any(g[:queries_and_keys].any() for g in got_grads[1:3])
+        assert not any(g[:queries_and_keys].any() for g in weights)
 
 
 @FORMS
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", precisions("prompt_transform"), ids=dtype_name)
 @pytest.mark.parametrize(
     ("layers", "n", "d", "w", "n_text", "num_heads"),
     [(3, 8, 33, 47, 4, 1), (1, 5, 16, 24, 2, 2), (2, 3, 64, 32, 1, 2)],
@@ -134,17 +121,6 @@ def test_no_layers(released):
     assert visual.shape == (0, 2, 20)
     grads = gradients((text, visual), leaves, [text, visual])
     assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, leaves, strict=True))
-
-
-@FORMS
-def test_deterministic(released):
-    leaves = inputs(2, 4, 16, 20)
-
-    def run() -> tuple[Tensor, ...]:
-        got = prompt_transform(*leaves, n_text=2, num_heads=1, released=released, **EPS)
-        return (*got, *gradients(got, leaves, [torch.ones_like(t) for t in got]))
-
-    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 @FORMS
