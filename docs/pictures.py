@@ -19,7 +19,7 @@ HOUSE = Picture(
         Box("released", (240, 104, 440, 170), GREEN, ("checkpoints of", "published code")),
         Box("tools", (460, 104, 940, 170), GREEN, ("what runs here, whether it is right, what a step costs",)),
         Box("train", (20, 206, 600, 254), GREEN, ("set-up, epochs, recording, evaluation",)),
-        Box("testing", (700, 206, 940, 254), GREY, ("shared by tests and bench",)),
+        Box("testing", (700, 206, 940, 254), GREY, ("shared by tests and bench",), modules=("testing", "testing_ops")),
         Box("model", (210, 290, 600, 338), YELLOW, ("learner and towers: logits, loss",)),
         Box("texts", (210, 362, 395, 410), YELLOW, ("class features",)),
         Box("saving", (415, 362, 600, 410), YELLOW, ("a learner's files",)),
