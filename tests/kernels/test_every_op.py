@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from upt_fast.kernels._workloads import modules_with_kernels
 
+from upt_fast.engine.backends import dispatch
 from upt_fast.engine.layout import PackedLayout, PackedTiles
 from upt_fast.testing_ops import DEVICE, OPERATIONS, Case, Numbers, call, case, copied, gradients, leaves, small_cases
 
@@ -88,3 +90,11 @@ def test_float64_is_refused(case):
     assert message.startswith(f"no backend for {case.op}\n")
     assert f"x: {shape} float64 {DEVICE}" in message
     assert "triton: float64 (takes float32, float16, bfloat16)" in message
+
+
+def test_every_kernel_is_known():
+    """To this list, to what may choose it, and to the GPU suite by its file."""
+    known = {op: operation.kernel for op, operation in OPERATIONS.items() if operation.kernel}
+    assert known.keys() == {op for op, backends in dispatch.OPS.items() if "triton" in backends}
+    assert {f"upt_fast.kernels.{file}" for file in known.values()} == set(modules_with_kernels(None))
+    assert {c.op for c in small_cases()} == OPERATIONS.keys()

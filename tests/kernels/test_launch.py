@@ -1,5 +1,8 @@
 """How kernels are launched and recorded, and how rows are divided among programs."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,18 +10,9 @@ import triton
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
-from upt_fast.kernels import (
-    _launch,
-    activation,
-    contrastive_loss,
-    insert_shared,
-    layer_norm,
-    packed_attention,
-    prefix_attention,
-    prompt_insert,
-    prompt_transform,
-)
+from upt_fast.kernels import _launch
 from upt_fast.kernels._launch import Launch, launch, record, row_tile, rows_of
+from upt_fast.kernels._workloads import modules_with_kernels
 
 from upt_fast.engine.backends import dispatch
 
@@ -122,16 +116,7 @@ def test_which_interpreters_run():
     assert bool(_launch.interpreter_refusal()) == (old and new)
 
 
-MODULES = (
-    activation,
-    contrastive_loss,
-    insert_shared,
-    layer_norm,
-    packed_attention,
-    prefix_attention,
-    prompt_insert,
-    prompt_transform,
-)
+MODULES = [importlib.import_module(name) for name in modules_with_kernels(None)]
 WORKLOADS = {
     f"{module.__name__.rpartition('.')[2]}: {name}": run for module in MODULES for name, run in module.workloads()
 }
@@ -140,8 +125,8 @@ WORKLOADS = {
 @pytest.mark.parametrize("tiles", ["gpu_tiles", "large_tiles"])
 def test_workloads_launch_on_meta_tensors(tiles, monkeypatch):
     """What a kernel file is compiled for in advance; nothing may be computed, as there are no numbers."""
-    for module in (_launch, *MODULES):
-        if hasattr(module, "INTERPRETED"):
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("upt_fast.kernels.") and hasattr(module, "INTERPRETED"):
             monkeypatch.setattr(module, "INTERPRETED", tiles == "large_tiles")
     for name, run in WORKLOADS.items():
         with record() as launches:
