@@ -17,7 +17,7 @@ import torch
 from common import best_seconds, cost, gemm_rates, inputs, model, step
 from torch.profiler import ProfilerActivity, profile
 
-from upt_fast.engine.backends import choices, cpu_ops
+from upt_fast.engine.cpu import choices, library
 
 KINDS = {
     "products with what stands around them": ("upt_fast_cpu::norm_linear", "upt_fast_cpu::linear"),
@@ -32,8 +32,8 @@ KINDS = {
 def peaks(dtype: torch.dtype) -> dict[str, float]:
     """GFLOP/s of plain products, and of our own of that size with its elementwise work."""
     rates = dict(gemm_rates(dtype))
-    if not cpu_ops.refusal(dtype):
-        x, packed = torch.randn(1576, 768).to(dtype), cpu_ops.pack(torch.randn(768, 3072).to(dtype))
+    if not library.refusal(dtype):
+        x, packed = torch.randn(1576, 768).to(dtype), library.pack(torch.randn(768, 3072).to(dtype))
         out, slope = x.new_empty(1576, 3072), x.new_empty(1576, 3072)
         mean, rstd = torch.empty(1576), torch.empty(1576)
 

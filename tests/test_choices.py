@@ -12,10 +12,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upt_fast.engine.autograd import functions
-from upt_fast.engine.backends import choices, cpu_choices, cpu_ops
+from upt_fast.engine.cpu import choices, library
+from upt_fast.engine.cpu import ways as cpu_ways
 from upt_fast.testing import build, random_clip
 
-REASON = cpu_ops.refusal(torch.float32)
+REASON = library.refusal(torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +132,7 @@ def test_measuring_changes_nothing():
 
 SCRIPT = """
 import sys, time, torch
-from upt_fast.engine.backends import choices
+from upt_fast.engine.cpu import choices
 def way(seconds):
     def run():
         time.sleep(seconds)
@@ -192,7 +193,7 @@ def test_float32_product(monkeypatch):
     """The choice rules the products, whatever made it."""
     x, w = torch.randn(5, 8), torch.randn(3, 8)
     for name in ("mm", "onednn"):
-        monkeypatch.setattr(cpu_choices, "float32_product", lambda name=name: name)
+        monkeypatch.setattr(cpu_ways, "float32_product", lambda name=name: name)
         assert functions.takes_onednn(x) == (name == "onednn")
         torch.testing.assert_close(functions.product(x, w), x @ w.t())
 
@@ -201,9 +202,9 @@ def test_float32_product(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_tower_takes_what_was_recorded(dtype, monkeypatch):
     """Every way gives the features of the others; the same way again gives the same bits."""
-    if dtype == "bf16" and cpu_ops.refusal(torch.bfloat16):
-        pytest.skip(cpu_ops.refusal(torch.bfloat16))
-    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 64)
+    if dtype == "bf16" and library.refusal(torch.bfloat16):
+        pytest.skip(library.refusal(torch.bfloat16))
+    monkeypatch.setattr(library, "MIN_WIDTH", 64)
     clip, images = random_clip(vision_width=128, text_width=128), torch.randn(2, 3, 32, 32)
 
     def features():
@@ -217,8 +218,8 @@ def test_a_tower_takes_what_was_recorded(dtype, monkeypatch):
     keys = [key for key in recorded["choices"] if not key.startswith("product")]
     assert len([key for key in keys if "linear" in key]) >= 8
     found = []
-    for panel in cpu_ops.PANELS:
-        name = cpu_choices._name(panel)
+    for panel in library.PANELS:
+        name = cpu_ways._name(panel)
         ways = {key: "filled" if key.startswith("attention") else name for key in keys}
         choices.forget()
         choices.restore(recorded | {"choices": recorded["choices"] | ways})

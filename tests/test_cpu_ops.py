@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
 from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
-from upt_fast.engine.backends import cpu_ops
-from upt_fast.engine.backends.cpu_ops import PANELS, FrozenWeight, pack
+from upt_fast.engine.cpu import library
+from upt_fast.engine.cpu.library import PANELS, FrozenWeight, pack
 from upt_fast.engine.layout import PackedLayout
 from upt_fast.engine.workspace import Workspace
 from upt_fast.reference import ops as reference
@@ -24,12 +24,12 @@ from upt_fast.testing import build, random_clip
 
 KINDS = ("quick_gelu", "gelu", "gelu_tanh")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-REASON = cpu_ops.refusal(torch.float32)
+REASON = library.refusal(torch.float32)
 compiled = pytest.mark.skipif(bool(REASON), reason=f"CPU operations: {REASON}")
 
 
 def needs(dtype: torch.dtype) -> None:
-    if reason := cpu_ops.refusal(dtype):
+    if reason := library.refusal(dtype):
         pytest.skip(reason)
 
 
@@ -223,7 +223,7 @@ def packed_inputs(layout, last_only, prefix, heads, head, dtype):
 @pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
 def test_packed_attention(runs, prefix, heads, head, last_only, dtype, monkeypatch):
     needs(dtype)
-    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 0)
+    monkeypatch.setattr(library, "MIN_WIDTH", 0)
     if dtype == torch.bfloat16 and head % 2:
         head += 1  # odd ones are left to PyTorch
     layout = PackedLayout(runs)
@@ -406,12 +406,12 @@ def test_shapes_are_checked():
 def test_models(method, memory, monkeypatch):
     """A whole model with and without the compiled operations, and after moves between dtypes."""
     clip = random_clip(vision_width=128, text_width=128)
-    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 64)
+    monkeypatch.setattr(library, "MIN_WIDTH", 64)
     names = ["cat", "dog", "traffic light"]
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     found = []
     for width in (64, 10**6):
-        monkeypatch.setattr(cpu_ops, "MIN_WIDTH", width)
+        monkeypatch.setattr(library, "MIN_WIDTH", width)
         torch.manual_seed(0)
         model = build("fast", clip, names, method, memory=memory)
         assert bool(model.vision_tower.blocks._packed) == (width == 64)
@@ -419,7 +419,7 @@ def test_models(method, memory, monkeypatch):
         loss.backward()
         found.append([loss, *(p.grad for p in model.parameters())])
     assert all(relative_rms(a, b) <= 2e-5 for a, b in zip(*found, strict=True))
-    monkeypatch.setattr(cpu_ops, "MIN_WIDTH", 64)
+    monkeypatch.setattr(library, "MIN_WIDTH", 64)
     twin = copy.deepcopy(model).double()
     assert twin.vision_tower.blocks._packed == {}
     assert twin(images).dtype == torch.float64
@@ -454,14 +454,14 @@ def test_workspaces_are_needed_by_layer():
 
 def test_refusals(monkeypatch):
     monkeypatch.delenv("UPT_FAST_CPU_OPS", raising=False)
-    assert cpu_ops.refusal(torch.float64) == "float64 (take float32, bfloat16)"
-    assert cpu_ops.refusal(torch.float32, 128) == "width 128 (run from 256)"
-    assert "even" in cpu_ops.refusal(torch.bfloat16, 260, 20) or not torch.cpu._is_avx512_bf16_supported()
+    assert library.refusal(torch.float64) == "float64 (take float32, bfloat16)"
+    assert library.refusal(torch.float32, 128) == "width 128 (run from 256)"
+    assert "even" in library.refusal(torch.bfloat16, 260, 20) or not torch.cpu._is_avx512_bf16_supported()
     monkeypatch.setenv("UPT_FAST_CPU_OPS", "0")
-    assert cpu_ops.refusal(torch.float32, 512) == "UPT_FAST_CPU_OPS=0"
+    assert library.refusal(torch.float32, 512) == "UPT_FAST_CPU_OPS=0"
     monkeypatch.setenv("UPT_FAST_CPU_OPS", "1")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "no AVX-512" in cpu_ops.refusal(torch.float32, 512)
+    assert "no AVX-512" in library.refusal(torch.float32, 512)
 
 
 SCRIPT = """
@@ -469,8 +469,8 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 import torch
 torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
-from upt_fast.engine.backends import cpu_ops
-print("reason:", cpu_ops.refusal(torch.float32, 512))
+from upt_fast.engine.cpu import library
+print("reason:", library.refusal(torch.float32, 512))
 """
 
 
@@ -509,10 +509,10 @@ def test_they_run_where_they_can():
 
 BFLOAT16_SCRIPT = """
 import torch
-from upt_fast.engine.backends import cpu_ops
+from upt_fast.engine.cpu import library
 from upt_fast.common.closeness import relative_rms
 from upt_fast.testing import build, random_clip
-print("reason:", cpu_ops.refusal(torch.bfloat16, 256))
+print("reason:", library.refusal(torch.bfloat16, 256))
 clip = random_clip(vision_width=256, text_width=256, text_heads=4, vision_layers=2, text_layers=2)
 fast, exact = (build("fast", clip, ["cat", "dog"], dtype=t) for t in (torch.bfloat16, torch.float64))
 exact.load_state_dict(fast.state_dict())
@@ -540,7 +540,7 @@ def test_micro_kernel_that_refuses(isa):
 @compiled
 def test_compiled_once(tmp_path, caplog):
     """What the cache holds is loaded, without a compiler."""
-    assert list(cpu_ops.cache_folder().glob("cpu-*.so"))
+    assert list(library.cache_folder().glob("cpu-*.so"))
     environment = os.environ | {"CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "reason:"

@@ -6,7 +6,7 @@
 //     linear_times           out = (dy W) slope, which is act'
 //     linear_norm_backward   out = dy + the gradient of x, given d W as that of norm(x); dy may be absent
 //
-// The micro-kernel is oneDNN's batch-reduce GEMM, which PyTorch exports. Its factors come packed (cpu_ops.py):
+// The micro-kernel is oneDNN's batch-reduce GEMM, which PyTorch exports. Its factors come packed (engine/cpu/library.py):
 // (N / NB, K, NB) in float32, (N / NB, K / 2, NB, 2) in bfloat16, N padded with zeros. On processors where PyTorch's own
 // product is so much faster that the results' way through memory pays, it multiplies, and the rest is done in passes
 // before and behind (choices.py finds out). Accumulation, LayerNorm and everything elementwise are in float32.

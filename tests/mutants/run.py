@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 1200.0
 LOADED = """
 import torch, upt_fast.kernels
-from upt_fast.engine.backends import cpu_ops
+from upt_fast.engine.cpu import library
 print(upt_fast.kernels.__file__)
-print(cpu_ops.refusal(torch.float32))
+print(library.refusal(torch.float32))
 """
 
 

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from upt_fast.engine import fp8
 from upt_fast.engine.autograd import composing, frozen_block, functions
 from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
-from upt_fast.engine.backends import cpu_ops, dispatch, xformers
-from upt_fast.engine.backends.cpu_ops import FrozenWeight
+from upt_fast.engine.backends import dispatch, xformers
+from upt_fast.engine.cpu import library
+from upt_fast.engine.cpu.library import FrozenWeight
 from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
 from upt_fast.engine.workspace import Workspace
@@ -483,7 +484,7 @@ def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
     """Whether kernels/cpu computes attention of rows q (N, H, K), all in its dtype."""
     if q.device.type != "cpu" or composing.op_by_op(q) or any(t.dtype != q.dtype for t in others):
         return False
-    return not cpu_ops.refusal(q.dtype, q.shape[-2] * q.shape[-1])
+    return not library.refusal(q.dtype, q.shape[-2] * q.shape[-1])
 
 
 def _autocast(*tensors: Tensor | None) -> Iterator[Any]:

@@ -20,7 +20,7 @@ import upt_fast
 from upt_fast.data.duplicates import find_duplicates
 from upt_fast.data.folder import scan_folder
 from upt_fast.data.sampling import few_shot_split
-from upt_fast.engine.backends import choices
+from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.checkpoint import (
     LOCK_FILE,

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from upt_fast.engine.autograd.composing import fast_backward
 from upt_fast.engine.autograd.functions import product, sum_by_set
-from upt_fast.engine.backends import cpu_ops
-from upt_fast.engine.backends.cpu_ops import FrozenWeight
+from upt_fast.engine.cpu import library
+from upt_fast.engine.cpu.library import FrozenWeight
 from upt_fast.engine.workspace import Workspace, pieces
 
 
@@ -83,7 +83,7 @@ def normalized_product(
     """
     if weight.forward is not None:
         mean, rstd = _moments(space, label, layer, x)
-        kind = cpu_ops.ACTIVATIONS[activation or "none"]
+        kind = library.ACTIVATIONS[activation or "none"]
         places = [0], [0], [0]
         torch.ops.upt_fast_cpu.norm_linear(x, eps, *weight.forward, bias, kind, pre, [out], *places, mean, rstd)
         return mean, rstd

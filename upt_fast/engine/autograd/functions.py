@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.engine.autograd.composing import composes, fast_backward, op_by_op
-from upt_fast.engine.backends import cpu_choices
+from upt_fast.engine.cpu import ways
 from upt_fast.engine.workspace import pieces
 
 PRODUCT_PIECE_BYTES = 6 << 20
@@ -22,7 +22,7 @@ def takes_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies these rows, where it was measured to be faster than PyTorch's default, the MKL."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or op_by_op(x) or x.numel() == 0:
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and cpu_choices.float32_product() == "onednn"
+    return type(x) in (Tensor, torch.nn.Parameter) and ways.float32_product() == "onednn"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -22,8 +22,9 @@ from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.autograd import composing
 from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
-from upt_fast.engine.backends import cpu_choices, cpu_ops, dispatch
-from upt_fast.engine.backends.cpu_ops import FrozenWeight
+from upt_fast.engine.backends import dispatch
+from upt_fast.engine.cpu import library, ways
+from upt_fast.engine.cpu.library import FrozenWeight
 from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.workspace import MemoryPool, Workspace
 
@@ -191,18 +192,18 @@ class FrozenBlocks(nn.Module):
             return
         weight = self.qkv_weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            cpu_choices.float32_product()  # now, so that a run can write it down
-        if weight.device.type != "cpu" or self.streams or cpu_ops.refusal(weight.dtype, self.width, self.num_heads):
+            ways.float32_product()  # now, so that a run can write it down
+        if weight.device.type != "cpu" or self.streams or library.refusal(weight.dtype, self.width, self.num_heads):
             return
         rows = min(TYPICAL_BATCH * self.length, MOST_ROWS) or TEXT_ROWS
         if self.length:
-            self._fill = cpu_choices.fills(self.num_heads, self.width, self.length, weight.dtype)
+            self._fill = ways.fills(self.num_heads, self.width, self.length, weight.dtype)
         for name in ("qkv", "out", "fc", "proj"):
             for i, plain in enumerate(getattr(self, f"{name}_weight")):
                 if name == "qkv" and i == self.num_layers - 1:  # its queries are those of few rows
-                    self._packed["kv", i] = cpu_choices.prepare("kv", plain[self.width :], rows)
+                    self._packed["kv", i] = ways.prepare("kv", plain[self.width :], rows)
                 else:
-                    self._packed[name, i] = cpu_choices.prepare(name, plain, rows)
+                    self._packed[name, i] = ways.prepare(name, plain, rows)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:
         if self.quantized:

@@ -1,6 +1,6 @@
 """The ways that CPU operations have to choose from (choices.py), at the shapes of a tower.
 
-Products with frozen weights run in panels of rows by the compiled operations' micro-kernel (cpu_ops.py), or by
+Products with frozen weights run in panels of rows by the compiled operations' micro-kernel (library.py), or by
 PyTorch's own product with compiled passes around it; attention in bfloat16 with sizes as they are, or filled up to
 whole tiles; float32 products outside of the compiled operations by PyTorch's default or by oneDNN.
 """
@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from upt_fast.engine.backends import choices, cpu_ops
-from upt_fast.engine.backends.cpu_ops import ACTIVATIONS, PANELS, pack
+from upt_fast.engine.cpu import choices, library
+from upt_fast.engine.cpu.library import ACTIVATIONS, PANELS, pack
 
 EPS = 1e-5
 # a weight's name -> the operations that it is a factor of, forward and backward
@@ -148,6 +148,6 @@ def float32_product() -> str:
     return choices.choose(f"product {rows} x {width} x {hidden} {_key(torch.float32)}", ways)
 
 
-def prepare(product: str, weight: Tensor, rows: int) -> cpu_ops.FrozenWeight:
+def prepare(product: str, weight: Tensor, rows: int) -> library.FrozenWeight:
     """A frozen weight (N, K) as the operations that were chosen for it take it; see :func:`panels`."""
-    return cpu_ops.FrozenWeight.pack(weight, *panels(product, weight, rows))
+    return library.FrozenWeight.pack(weight, *panels(product, weight, rows))

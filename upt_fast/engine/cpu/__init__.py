@@ -1,0 +1,1 @@
+"""What the engine has for CPUs alone: the compiled operations (kernels/cpu), and ways to compute that are timed."""
