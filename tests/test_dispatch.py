@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upt_fast.engine import ops
-from upt_fast.engine.backends import dispatch
+from upt_fast.engine.backends import compiled, dispatch, packages, xformers
 
 X = torch.randn(2, 5)
 ON_CPU = not torch.cuda.is_available()
@@ -21,20 +21,28 @@ def test_every_op_is_public_and_has_a_plain_implementation():
             assert callable(getattr(ops, op))
 
 
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_a_backend_has_a_function_for_each_of_its_ops(name):
+    backend = dispatch.BACKENDS[name]
+    elsewhere = {"prompt_transform", "linear", "norm_linear", "linear_residual", "linear_gelu", "mlp", "block"}
+    assert set(backend.OPS) <= set(dispatch.OPS)
+    assert all(callable(getattr(backend, op)) for op in set(backend.OPS) - elsewhere)
+
+
 @pytest.mark.parametrize("name", ["torch", "triton", "triton,torch", "torch, triton"])
 def test_resolve_takes_names_that_run_here(name):
-    assert dispatch.resolve(name) == name.replace(" ", "")
+    assert str(dispatch.resolve(name)) == name.replace(" ", "")
 
 
 def test_order_of_argument_environment_and_auto(monkeypatch):
-    assert dispatch.resolve() == "auto"
+    assert str(dispatch.resolve()) == "auto"
     monkeypatch.setenv("UPT_FAST_BACKEND", "triton")
-    assert dispatch.resolve() == "triton"
-    assert dispatch.resolve("torch") == "torch"
+    assert str(dispatch.resolve()) == "triton"
+    assert dispatch.resolve("torch") == dispatch.TORCH
     monkeypatch.setenv("UPT_FAST_BACKEND", "")
-    assert dispatch.resolve() == "auto"
+    assert str(dispatch.resolve()) == "auto"
     monkeypatch.setenv("UPT_FAST_BACKEND", "auto")
-    assert dispatch.resolve() == "auto"
+    assert str(dispatch.resolve()) == "auto"
 
 
 @pytest.mark.parametrize("name", ["fpga", "triton,fpga", "triton;xformers", ","])
@@ -79,47 +87,80 @@ def test_a_named_backend_never_falls_back():
     assert dispatch.refusals("triton", "mps")[-1] == "mps (runs on cuda)"
 
 
+def test_what_the_compiled_operations_refuse(monkeypatch):
+    monkeypatch.delenv("UPT_FAST_CPU_OPS", raising=False)
+    assert dispatch.refusals("compiled", "cuda") == ["cuda (run on cpu)"]
+    assert dispatch.refusals("compiled", "cpu", torch.float64) == ["float64 (take float32, bfloat16)"]
+    assert compiled.refusals("cpu", torch.float32, width=128) == ["width 128 (run from 256)"]
+    monkeypatch.setenv("UPT_FAST_CPU_OPS", "0")
+    assert dispatch.refusals("compiled", "cpu") == ["UPT_FAST_CPU_OPS=0"]
+    assert dispatch.explain("mlp", "cpu")[0] == "torch"
+    assert dispatch.explain("mlp", "cpu")[1]["compiled"] == ["UPT_FAST_CPU_OPS=0"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "reasons"),
+    [
+        ("", "compiled", {"torch": "runs where the compiled operations do not: narrow towers, other dtypes"}),
+        ("torch", "compiled", {"triton": "has no implementation of this op"}),
+        ("triton", "torch", {"compiled": "the backend asked for is triton"}),
+    ],
+)
+def test_compiled_operations_stand_in_for_torch(monkeypatch, asked, chosen, reasons):
+    """Where they run, and where no kernels were asked for, which work on streams with plain weights."""
+    monkeypatch.setenv("UPT_FAST_BACKEND", asked)
+    monkeypatch.setattr(dispatch, "refusals", lambda *_: [])
+    for op in ("norm_linear", "linear_residual", "mlp", "block"):
+        found, refused = dispatch.explain(op, "cpu")
+        assert found == chosen
+        assert {name: refused[name] for name in reasons} == {name: [reason] for name, reason in reasons.items()}
+    assert dispatch.explain("linear", "cpu")[0] == "torch"
+
+
+def test_compiled_is_no_ones_to_name():
+    with pytest.raises(ValueError, match="wanted 'auto', one of 'triton', 'xformers', 'torch'"):
+        dispatch.resolve("compiled")
+
+
 def test_a_package_that_is_not_there(monkeypatch):
-    dispatch._missing.cache_clear()
-    monkeypatch.setattr(dispatch.util, "find_spec", lambda name: None)
+    packages.missing.cache_clear()
+    monkeypatch.setattr(packages.util, "find_spec", lambda name: None)
     try:
         assert dispatch.refusals("triton", "cuda") == ["triton is not installed"]
         assert dispatch.refusals("xformers", "cuda") == ["xformers is not installed"]
     finally:
-        dispatch._missing.cache_clear()
+        packages.missing.cache_clear()
 
 
 def test_a_package_that_does_not_import(monkeypatch):
-    dispatch._missing.cache_clear()
+    packages.missing.cache_clear()
 
     def broken(name: str) -> types.ModuleType:
         raise OSError("undefined symbol\nmore")
 
-    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    monkeypatch.setattr(packages.importlib, "import_module", broken)
     try:
         assert dispatch.refusals("xformers", "cuda") == ["xformers does not import: undefined symbol"]
     finally:
-        dispatch._missing.cache_clear()
+        packages.missing.cache_clear()
 
 
 def test_xformers_is_imported_only_where_it_could_run(monkeypatch):
-    dispatch._missing.cache_clear()
+    packages.missing.cache_clear()
     imported = []
-    monkeypatch.setattr(dispatch.importlib, "import_module", imported.append)
+    monkeypatch.setattr(packages.importlib, "import_module", imported.append)
     try:
         assert dispatch.refusals("xformers", "cpu") == ["cpu (runs on cuda)"]
         assert imported == []
         assert dispatch.refusals("xformers", "cuda") == []
         assert imported == ["xformers.ops"]
     finally:
-        dispatch._missing.cache_clear()
+        packages.missing.cache_clear()
 
 
 def test_what_xformers_refuses_is_said_with_its_reasons():
     """The package at hand refuses a CPU tensor: its own reasons come through."""
-    from upt_fast.engine.backends import xformers
-
     q = torch.randn(1, 3, 2, 8)
     with pytest.raises(ValueError, match="xformers refuses; name 'torch'") as caught:
-        xformers.attention(q.cpu(), q.cpu(), q.cpu())
+        xformers.stream_attention(q.cpu(), q.cpu(), q.cpu())
     assert "device=cpu" in str(caught.value)

@@ -22,6 +22,12 @@ def test_collect():
         assert op["backend"] in dispatch.OPS[name]
         assert {op["backend"], *op["refused"]} == set(dispatch.BACKENDS)
         assert all(op["refused"].values())
+    compiled = "torch" if found["cpu_ops"]["float32"] or torch.cuda.is_available() else "compiled"
+    assert {name: found["ops"][name]["backend"] for name in ("linear", "mlp", "block")} == {
+        "linear": "torch",
+        "mlp": compiled,
+        "block": compiled,
+    }
 
 
 def test_a_package_that_is_missing(monkeypatch):
@@ -62,5 +68,7 @@ def test_the_named_backend_is_shown(monkeypatch):
     assert ops["layer_norm"]["backend"] == "triton"
     assert ops["stream_attention"]["backend"] == "xformers"
     assert ops["linear"]["backend"] == "torch"
+    assert ops["mlp"]["backend"] == "torch"
+    assert ops["mlp"]["refused"]["compiled"] == ["the backend asked for is triton,xformers"]
     assert ops["layer_norm"]["refused"]["torch"] == ["the backend asked for is triton,xformers"]
     assert ops["layer_norm"]["refused"]["xformers"] == ["has no implementation of this op"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.common.closeness import relative_rms
+from upt_fast.engine.backends.dispatch import Asked
 from upt_fast.engine.layout import PackedTiles
 from upt_fast.testing import random_clip, xformers_on_cpu
 from upt_fast.tools.verify import run_verify
@@ -79,12 +80,12 @@ def test_where_the_prompts_keys_and_values_are(backend, used, unused, monkeypatc
     """The kernels read them in place; beside xformers they are inserted."""
     from upt_fast.engine import ops
 
-    called = dict.fromkeys(used | unused, 0)
+    called, asked = dict.fromkeys(used | unused, 0), Asked.of(backend)
 
     def count(name, op):
         def counted(*args, **options):
             # the propagating prompts' own rows are PyTorch's on each route
-            called[name] += args[-1] == backend or isinstance(args[-1], PackedTiles)
+            called[name] += args[-1] == asked or isinstance(args[-1], PackedTiles)
             return op(*args, **options)
 
         return counted
@@ -306,6 +307,6 @@ def test_ddp_with_a_communication_hook():
 def test_nothing_is_concatenated_layer_by_layer():
     """One torch.cat remains per set of class names, when they are packed."""
     root = Path(__file__).parents[1]
-    for path in [*(root / "upt_fast" / "towers").glob("*.py"), *(root / "kernels").glob("*.py")]:
+    for path in [*(root / "upt_fast" / "engine" / "towers").glob("*.py"), *(root / "kernels").glob("*.py")]:
         if path.name != "packing.py":
             assert "torch.cat" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path

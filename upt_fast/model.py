@@ -94,7 +94,8 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         if self.quantized:
             fp8.require(clip.device)
             dtype = fp8.ROWS
-        self.backend = dispatch.resolve(backend)
+        self._asked = dispatch.resolve(backend)
+        self.backend = str(self._asked)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
         self.prompt_learner = found.load()(
@@ -103,8 +104,8 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         self._loss_terms = found.loss_terms
         if hasattr(self.prompt_learner, "backend"):
             object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
-        self.text_tower = TextTower(clip.text, dtype, memory, self.backend, self.quantized)
-        self.vision_tower = VisionTower(clip.vision, dtype, memory, self.backend, self.quantized)
+        self.text_tower = TextTower(clip.text, dtype, memory, self._asked, self.quantized)
+        self.vision_tower = VisionTower(clip.vision, dtype, memory, self._asked, self.quantized)
         # scalars stay in single precision beside half-precision towers, as the learner does
         scalars = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
@@ -215,7 +216,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
             classes = self._class_features(prompts)
         features = self._encode_image(images, prompts, normalize=False)
         self._join_texts()
-        return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self.backend).mean()
+        return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self._asked).mean()
 
     def loss_and_logits(
         self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy

@@ -1,15 +1,10 @@
 """The engine's operations, one public function each; engine/backends/dispatch.py tells which backend computes them.
 
-Each has a twin of the same name in reference/ops.py that is written for reading. Plain PyTorch implementations stand
-here or, where they have a backward of their own, in functions.py and frozen_block.py; Triton kernels in kernels/.
+Each has a twin of the same name in reference/ops.py that is written for reading, and implementations of the same name
+in the files of engine/backends/; products with frozen weights stand here.
 """
 
 from __future__ import annotations
-
-import functools
-import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from upt_fast.engine import fp8
 from upt_fast.engine.autograd import composing, frozen_block, functions
 from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
-from upt_fast.engine.backends import dispatch, xformers
-from upt_fast.engine.cpu import library
+from upt_fast.engine.backends import compiled, dispatch, pytorch, triton
+from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.cpu.library import FrozenWeight
 from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
 from upt_fast.engine.workspace import Workspace
 
 
-def layer_norm(x: Tensor, eps: float, backend: str = "torch") -> Tensor:
+def layer_norm(x: Tensor, eps: float, backend: Asked | str = TORCH) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last dimension; the affine lives in the next linear.
 
     Args:
@@ -35,14 +30,10 @@ def layer_norm(x: Tensor, eps: float, backend: str = "torch") -> Tensor:
         eps: added to the variance.
         backend: see upt_fast/engine/backends/dispatch.py.
     """
-    if dispatch.choose("layer_norm", backend, x) == "triton":
-        from upt_fast.kernels import layer_norm as kernel
-
-        return kernel.layer_norm(x, eps)
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return dispatch.find("layer_norm", backend, x).layer_norm(x, eps)
 
 
-def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: str = "torch") -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: Asked | str = TORCH) -> tuple[Tensor, Tensor]:
     """x + y, and the same normalised as by :func:`layer_norm`.
 
     Args:
@@ -51,16 +42,11 @@ def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: str = "torch") -> 
         eps: added to the variance.
         backend: see upt_fast/engine/backends/dispatch.py.
     """
-    if dispatch.choose("add_layer_norm", backend, x) == "triton":
-        from upt_fast.kernels import layer_norm as kernel
-
-        return kernel.add_layer_norm(x, y, eps)
-    x = x + y
-    return x, F.layer_norm(x, x.shape[-1:], eps=eps)
+    return dispatch.find("add_layer_norm", backend, x).add_layer_norm(x, y, eps)
 
 
 def prompt_insert(
-    x: Tensor, y: Tensor | None, prompts: Tensor, set_index: Tensor | None, eps: float, backend: str = "torch"
+    x: Tensor, y: Tensor | None, prompts: Tensor, set_index: Tensor | None, eps: float, backend: Asked | str = TORCH
 ) -> tuple[Tensor, Tensor]:
     """Prompts into the stream's reserved rows, the pending residual to the others, both normalised.
 
@@ -75,18 +61,10 @@ def prompt_insert(
     Returns:
         the stream (B, T, D), and the same normalised as by :func:`layer_norm`.
     """
-    if dispatch.choose("prompt_insert", backend, x) == "triton":
-        from upt_fast.kernels import prompt_insert as kernel
-
-        return kernel.prompt_insert(x, y, prompts, set_index, eps)
-    length = prompts.shape[1]
-    stream = torch.empty_like(x)
-    stream[:, :length] = prompts if set_index is None else prompts[set_index]
-    stream[:, length:] = x[:, length:] if y is None else x[:, length:] + y[:, length:]
-    return stream, F.layer_norm(stream, x.shape[-1:], eps=eps)
+    return dispatch.find("prompt_insert", backend, x).prompt_insert(x, y, prompts, set_index, eps)
 
 
-def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: str = "torch") -> Tensor:
+def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: Asked | str = TORCH) -> Tensor:
     """Rows of packed sequences behind the rows that the sequences of each set share, in one buffer.
 
     Args:
@@ -97,19 +75,10 @@ def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: st
     Returns:
         (N + C P, ...)
     """
-    if dispatch.choose("insert_shared", backend, own) == "triton":
-        from upt_fast.kernels import insert_shared as kernel
-
-        return kernel.insert_shared(own, shared, *places)
-    buffer = own.new_empty(len(places.source), *own.shape[1:])
-    buffer[places.own_rows] = own
-    slots = places.first_rows[:, None] + torch.arange(shared.shape[1], device=own.device)  # (C, P)
-    set_of = torch.searchsorted(places.bounds, torch.arange(len(slots), device=own.device), right=True) - 1
-    buffer[slots] = shared[set_of]
-    return buffer
+    return dispatch.find("insert_shared", backend, own).insert_shared(own, shared, places)
 
 
-def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") -> Tensor:
+def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: Asked | str = TORCH) -> Tensor:
     """Attention without mask.
 
     Args:
@@ -120,14 +89,11 @@ def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") ->
     Returns:
         (B, Q, H, K)
     """
-    if dispatch.choose("stream_attention", backend, q) == "xformers":
-        return xformers.attention(q, k, v)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+    return dispatch.find("stream_attention", backend, q).stream_attention(q, k, v)
 
 
 def buffer_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int, backend: str = "torch"
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int, backend: Asked | str = TORCH
 ) -> Tensor:
     """Causal attention of packed class rows over buffers that :func:`insert_shared` filled.
 
@@ -141,39 +107,20 @@ def buffer_attention(
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
-    if dispatch.choose("buffer_attention", backend, q) == "xformers":
-        return xformers.buffer_attention(q, k, v, layout, prefix)
-    last_only = q.shape[0] != layout.num_rows
-    outputs, query, key = [], 0, 0
-    for count, length in (run for runs in layout.sets for run in runs):
-        queries, keys = 1 if last_only else length, prefix + length
-        part = q[query : query + count * queries].unflatten(0, (count, queries)).transpose(1, 2)  # (c, H, l, K)
-        block_k, block_v = (t[key : key + count * keys].unflatten(0, (count, keys)).transpose(1, 2) for t in (k, v))
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril_(keys - queries)
-        attended = F.scaled_dot_product_attention(part, block_k, block_v, attn_mask=mask, scale=1.0)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        query, key = query + count * queries, key + count * keys
-    return torch.cat(outputs)
+    return dispatch.find("buffer_attention", backend, q).buffer_attention(q, k, v, layout, prefix)
 
 
-def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: str = "torch") -> Tensor:
+def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: Asked | str = TORCH) -> Tensor:
     """The MLP's activation, elementwise.
 
     Args:
         u: (..., M). For "quick_gelu" 1.702 times the pre-activation, and the result is 1.702 times QuickGELU's
-            (towers/blocks.py folds both factors into the linears): one silu.
+            (towers/folding.py folds both factors into the linears): one silu.
         kind: "quick_gelu", "gelu" or "gelu_tanh".
         bias: (M,) added to u first, or None; frozen: it gets no gradient.
         backend: see upt_fast/engine/backends/dispatch.py.
     """
-    if dispatch.choose("activation", backend, u) == "triton":
-        from upt_fast.kernels import activation as kernel
-
-        return kernel.activation(u, kind, bias)
-    u = u if bias is None else u + bias
-    if kind == "quick_gelu":
-        return F.silu(u)
-    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return dispatch.find("activation", backend, u).activation(u, kind, bias)
 
 
 def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
@@ -205,7 +152,7 @@ def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float
     """
     if weight.forward is None or composing.op_by_op(x) or x.numel() == 0:
         return linear(layer_norm(x, eps), weight.plain, bias).chunk(parts, dim=-1)
-    return frozen_block.NormLinear.apply(x, weight, bias, eps, parts)
+    return compiled.norm_linear(x, weight, bias, eps, parts)
 
 
 def linear_gelu(
@@ -216,7 +163,7 @@ def linear_gelu(
     proj_bias: Tensor,
     kind: str,
     recompute: bool = False,
-    backend: str = "torch",
+    backend: Asked | str = TORCH,
 ) -> Tensor:
     """W_2 act(W_1 h + b_1) + b_2 for frozen weights: an MLP without its LayerNorm and its residual.
 
@@ -233,9 +180,7 @@ def linear_gelu(
     weights = fc_weight, fc_bias, proj_weight, proj_bias
     quantized = isinstance(fc_weight, Fp8Weight)
     if not quantized and dispatch.choose("linear_gelu", backend, h) == "triton":
-        from upt_fast.kernels import linear_gelu as kernel
-
-        return kernel.linear_gelu_linear(h, *weights, kind, keep=not recompute)  # type: ignore[arg-type]
+        return triton.linear_gelu(h, *weights, kind, recompute)  # type: ignore[arg-type]
     if recompute and torch.is_grad_enabled() and not composing.composes(h):
         inputs = (h, *weights, kind, False, backend)
         return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -259,7 +204,7 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight | Fp8Wei
         return x + fp8.linear(y, weight, bias)
     weight = weight if isinstance(weight, FrozenWeight) else FrozenWeight(weight)
     if weight.forward is not None and not composing.op_by_op(y):
-        return frozen_block.LinearResidual.apply(x, y, weight, bias)
+        return compiled.linear_residual(x, y, weight, bias)
     return functions.linear_residual(x, y, weight.plain, bias)
 
 
@@ -384,7 +329,7 @@ def prefix_attention(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     set_index: Tensor | None = None,
-    backend: str = "torch",
+    backend: Asked | str = TORCH,
 ) -> Tensor:
     """Attention of each image's queries over [shared prefix ; own rows], without mask.
 
@@ -399,17 +344,8 @@ def prefix_attention(
     Returns:
         (B, Q, H, K)
     """
-    if dispatch.choose("prefix_attention", backend, q) == "triton":
-        from upt_fast.kernels import prefix_attention as kernel
-
-        return kernel.prefix_attention(*_autocast(q, k, v, prefix_k, prefix_v), set_index)
-    if prefix_k is not None and prefix_v is not None:
-        k = prepend_rows(prefix_k, k, set_index)
-        v = prepend_rows(prefix_v, v, set_index)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if composing.composes(q, k, v):
-        return functions.attention(q, k, v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+    found = dispatch.find("prefix_attention", backend, q)
+    return found.prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
 
 
 def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> Tensor:
@@ -422,9 +358,7 @@ def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> 
     Returns:
         (B, P + L, ...)
     """
-    if composing.composes(prefix, x):
-        return functions.prepend_rows(prefix, x, set_index)
-    return functions.PrependRows.apply(prefix, x, set_index)
+    return pytorch.prepend_rows(prefix, x, set_index)
 
 
 def packed_attention(
@@ -434,7 +368,7 @@ def packed_attention(
     prefix_k: Tensor,
     prefix_v: Tensor,
     layout: PackedLayout,
-    backend: str = "torch",
+    backend: Asked | str = TORCH,
     tiles: PackedTiles | None = None,
 ) -> Tensor:
     """Causal attention of packed class rows over [the set's shared prefix ; the class's own rows so far].
@@ -451,53 +385,12 @@ def packed_attention(
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
-    if dispatch.choose("packed_attention", backend, q) == "triton":
-        from upt_fast.kernels import packed_attention as kernel
-
-        tiles = _packed_tiles(layout, prefix_k.shape[1], str(q.device)) if tiles is None else tiles
-        return kernel.packed_attention(*_autocast(q, k, v, prefix_k, prefix_v), tiles)
-    if _compiled_attention(q, k, v, prefix_k, prefix_v):
-        return frozen_block.PackedAttention.apply(q, k, v, prefix_k, prefix_v, layout)
-    last_only = q.shape[0] != k.shape[0]
-    dtype = q.dtype
-    if any(t.dtype.itemsize < 4 for t in (q, k, v, prefix_k, prefix_v)):
-        # rows are few: scores and probabilities stay in float32, as in fused attention
-        q, k, v, prefix_k, prefix_v = (t.float() for t in (q, k, v, prefix_k, prefix_v))
-    if composing.autocasts(q.device.type):
+    found, dtype = dispatch.find("packed_attention", backend, q, k, v, prefix_k, prefix_v), q.dtype
+    if found is pytorch and composing.autocasts(q.device.type):
+        q, k, v, prefix_k, prefix_v = pytorch.in_float32(q, k, v, prefix_k, prefix_v)
         with torch.autocast(q.device.type, enabled=False):
             return packed_attention(q, k, v, prefix_k, prefix_v, layout).to(dtype)
-    attend = functions.packed_attention if composing.composes(q, k, v) else functions.PackedAttention.apply
-    outputs, query, row, first = [], 0, 0, 0
-    for runs, group in itertools.groupby(layout.sets):  # neighbouring sets with the same runs together
-        sets = len(list(group))
-        rows = sum(count * length for count, length in runs)
-        queries = sum(count for count, _ in runs) if last_only else rows
-        own_q = q[query : query + sets * queries].unflatten(0, (sets, queries))
-        own_k, own_v = (t[row : row + sets * rows].unflatten(0, (sets, rows)) for t in (k, v))
-        prefixes = prefix_k[first : first + sets], prefix_v[first : first + sets]
-        outputs.append(attend(own_q, own_k, own_v, *prefixes, runs, last_only).flatten(0, 1))
-        query, row, first = query + sets * queries, row + sets * rows, first + sets
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
-
-
-def _compiled_attention(q: Tensor, *others: Tensor) -> bool:
-    """Whether kernels/cpu computes attention of rows q (N, H, K), all in its dtype."""
-    if q.device.type != "cpu" or composing.op_by_op(q) or any(t.dtype != q.dtype for t in others):
-        return False
-    return not library.refusal(q.dtype, q.shape[-2] * q.shape[-1])
-
-
-def _autocast(*tensors: Tensor | None) -> Iterator[Any]:
-    """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: custom ops are not cast."""
-    device = next(t.device.type for t in tensors if t is not None)
-    dtype = torch.get_autocast_dtype(device) if composing.autocasts(device) else None
-    return (t if t is None or dtype is None else t.to(dtype) for t in tensors)
-
-
-@functools.lru_cache(maxsize=64)
-def _packed_tiles(layout: PackedLayout, prefix: int, device: str) -> PackedTiles:
-    with torch.inference_mode(False):  # they may be needed for gradients later
-        return PackedTiles.of(layout, prefix).to(device)
+    return found.packed_attention(q, k, v, prefix_k, prefix_v, layout, tiles)
 
 
 def contrastive_loss(
@@ -506,7 +399,7 @@ def contrastive_loss(
     logit_scale: Tensor | float,
     labels: Tensor,
     class_ranges: Tensor | None = None,
-    backend: str = "torch",
+    backend: Asked | str = TORCH,
 ) -> Tensor:
     """Cross-entropy of each image over scaled cosines with the classes of its range (CLIP, arXiv 2103.00020).
 
@@ -520,16 +413,5 @@ def contrastive_loss(
     Returns:
         (B,) losses, float32 (float64 for float64 features).
     """
-    if dispatch.choose("contrastive_loss", backend, image_features) == "triton":
-        from upt_fast.kernels import contrastive_loss as kernel
-
-        return kernel.contrastive_loss(image_features, text_features, logit_scale, labels, class_ranges)
-    exact = torch.float64 if image_features.dtype == torch.float64 else torch.float32
-    images, texts = (F.normalize(t.to(exact), dim=-1) for t in (image_features, text_features))
-    logits = logit_scale * images @ texts.t()
-    if class_ranges is not None:
-        first, end = class_ranges[:, :1], class_ranges[:, 1:]
-        classes = torch.arange(len(texts), device=labels.device)
-        logits = logits.masked_fill((classes < first) | (classes >= end), float("-inf"))
-        labels = labels + class_ranges[:, 0]
-    return F.cross_entropy(logits, labels, reduction="none")
+    found = dispatch.find("contrastive_loss", backend, image_features)
+    return found.contrastive_loss(image_features, text_features, logit_scale, labels, class_ranges)

@@ -1,1 +1,1 @@
-"""Who computes an operation: PyTorch, the compiled CPU operations, Triton or xformers; and why another does not."""
+"""Who computes operations: a file per backend, dispatch.py chooses."""

@@ -1,7 +1,9 @@
 """Which backend computes each op, and why another would not.
 
-A backend is a set of implementations: ``torch`` has one of every op, ``triton`` of those worth a kernel of our own,
-``xformers`` of attention. Ops of which a named backend has no implementation, mostly matrix products, are PyTorch's.
+A backend is a file of this folder: OPS names what it has, refusals says what it does not take, and a function of an
+op's name calls it. ``torch`` has every op, ``triton`` those worth a kernel of our own, ``xformers`` attention,
+``compiled`` those of kernels/cpu, which are no one's to name: they stand in for ``torch`` on CPUs that run them. Ops of
+which a named backend has no implementation, mostly matrix products, are PyTorch's.
 
 ``backend="auto"`` takes, per op, the fastest that was measured on the kind of device at hand. A named backend, or
 several ("triton,xformers"), never falls back: an op that it has and cannot run is an error with the reason. The name
@@ -10,96 +12,84 @@ comes from the argument, else from the environment variable UPT_FAST_BACKEND, el
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
-from importlib import util
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from upt_fast.engine.backends import xformers
+from upt_fast.engine.backends import compiled, pytorch, triton, xformers
 
 AUTO = "auto"
-BACKENDS = ("triton", "xformers", "torch")
+BACKENDS: dict[str, Any] = {"triton": triton, "xformers": xformers, "compiled": compiled, "torch": pytorch}
+NAMED = tuple(name for name in BACKENDS if name != "compiled")
 # op -> backends that have it
-OPS: dict[str, tuple[str, ...]] = {
-    "prompt_transform": ("triton", "torch"),
-    "prompt_insert": ("triton", "torch"),
-    "insert_shared": ("triton", "torch"),
-    "layer_norm": ("triton", "torch"),
-    "add_layer_norm": ("triton", "torch"),
-    "activation": ("triton", "torch"),
-    "linear_gelu": ("triton", "torch"),
-    "stream_attention": ("xformers", "torch"),
-    "buffer_attention": ("xformers", "torch"),
-    "contrastive_loss": ("triton", "torch"),
-    "linear": ("torch",),
-    "norm_linear": ("torch",),
-    "linear_residual": ("torch",),
-    "mlp": ("torch",),
-    "block": ("torch",),
-    "prefix_attention": ("triton", "torch"),
-    "packed_attention": ("triton", "torch"),
-}
+OPS = {op: tuple(name for name, backend in BACKENDS.items() if op in backend.OPS) for op in pytorch.OPS}
 # (op, device type) -> the backend that was measured to be faster than torch there; see docs/kernels.md
 MEASURED: dict[tuple[str, str], str] = {}
 _NOT_MEASURED = "not measured to be faster than torch here; name the backend to use it"
+_STANDS_BACK = "runs where the compiled operations do not: narrow towers, other dtypes"
 
 
-def resolve(backend: str = AUTO) -> str:
-    """The backend's name, from the environment where the argument is "auto".
+class Asked(NamedTuple):
+    """The backends that a user asked for, in their order; none: "auto"."""
+
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, backend: Asked | str) -> Asked:
+        """Of "auto", a backend's name, or several separated by commas."""
+        if not isinstance(backend, str):
+            return backend
+        return cls() if backend == AUTO else cls(tuple(name.strip() for name in backend.split(",")))
+
+    def __str__(self) -> str:
+        return ",".join(self.names) or AUTO
+
+
+TORCH = Asked(("torch",))
+
+
+def resolve(backend: Asked | str = AUTO) -> Asked:
+    """The backends that an argument, or where it is "auto" the environment, asks for.
 
     Args:
         backend: "auto", a backend's name, or several separated by commas.
     Raises:
         ValueError: no such backend, or it cannot run on any device of this machine; with the reasons.
     """
-    source = "backend"
-    if backend == AUTO and os.environ.get("UPT_FAST_BACKEND"):
+    source, asked = "backend", Asked.of(backend)
+    if not asked.names and os.environ.get("UPT_FAST_BACKEND"):
         backend, source = os.environ["UPT_FAST_BACKEND"], "UPT_FAST_BACKEND"
-    if backend == AUTO:
-        return AUTO
-    names = [name.strip() for name in backend.split(",")]
-    if any(name not in BACKENDS for name in names):
+        asked = Asked.of(backend)
+    if any(name not in NAMED for name in asked.names):
         raise ValueError(
-            f"{source}={backend!r}; wanted {AUTO!r}, one of {', '.join(map(repr, BACKENDS))}, or several with commas"
+            f"{source}={str(backend)!r}; wanted {AUTO!r}, one of {', '.join(map(repr, NAMED))}, or several with commas"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in names:
+    for name in asked.names:
         reasons = refusals(name, device)
         if reasons:
-            raise ValueError(f"{source}={backend!r} cannot run here: {name}: {'; '.join(reasons)}")
-    return ",".join(names)
+            raise ValueError(f"{source}={str(backend)!r} cannot run here: {name}: {'; '.join(reasons)}")
+    return asked
 
 
-def uses_streams(backend: str) -> bool:
-    """Whether the towers keep token streams whose last sum waits for the next LayerNorm, on which kernels work."""
-    return backend != AUTO and backend != "torch"
-
-
-def copies_prompts(backend: str) -> bool:
-    """Whether streams have prompts in reserved rows or buffers, as xformers' attention needs them beside the others."""
-    return "xformers" in backend.split(",")
-
-
-def choose(op: str, backend: str, x: Tensor, dropout: float = 0.0) -> str:
+def choose(op: str, backend: Asked | str, x: Tensor, dropout: float = 0.0) -> str:
     """The backend that computes op on this input.
 
     Args:
         op: a name of OPS.
-        backend: as :func:`resolve` returned it.
+        backend: as :func:`resolve` returned it, or its name.
         x: the op's first tensor, whose dtype and device decide.
         dropout: probability that the op must drop with.
     Raises:
         ValueError: a named backend has the op and cannot run it; shows the input and each refusal.
     """
-    if backend == "torch":
-        return "torch"
-    if backend == AUTO:
+    asked = Asked.of(backend)
+    if not asked.names:
         return MEASURED.get((op, x.device.type), "torch")
     refused = {}
-    for name in backend.split(","):
+    for name in asked.names:
         if name in OPS[op]:
             refused[name] = refusals(name, x.device.type, x.dtype, dropout)
             if not refused[name]:
@@ -111,6 +101,12 @@ def choose(op: str, backend: str, x: Tensor, dropout: float = 0.0) -> str:
     raise ValueError("\n".join(lines))
 
 
+def find(op: str, backend: Asked | str, x: Tensor, *others: Tensor) -> Any:
+    """The file of the backend that computes op on tensors; see :func:`choose`."""
+    name = choose(op, backend, x)
+    return BACKENDS["compiled" if name == "torch" and compiled.takes(op, x, *others) else name]
+
+
 def refusals(backend: str, device: str, dtype: torch.dtype | None = None, dropout: float = 0.0) -> list[str]:
     """Why a backend would not run on this kind of input; empty: it would.
 
@@ -120,54 +116,27 @@ def refusals(backend: str, device: str, dtype: torch.dtype | None = None, dropou
         dtype: of the input; None: any it takes.
         dropout: probability that the op must drop with.
     """
-    if backend == "torch":
-        return []
-    reasons = []
-    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        reasons.append(f"{str(dtype).removeprefix('torch.')} (takes float32, float16, bfloat16)")
-    if backend == "triton":
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            reasons.append("cpu (runs there with TRITON_INTERPRET=1)")
-        if device not in ("cpu", "cuda"):
-            reasons.append(f"{device} (runs on cuda)")
-        if dropout:
-            reasons.append(f"dropout {dropout:g} (takes 0)")
-    elif device not in xformers.devices:
-        reasons.append(f"{device} (runs on {', '.join(xformers.devices)})")
-    if torch.compiler.is_compiling():  # the model's constructor has looked at the package
-        return reasons
-    # the import is slow: not where the answer is clear
-    missing = _missing(backend, not reasons)
-    if backend == "triton" and not (missing or reasons):
-        from upt_fast.kernels import _launch
-
-        missing = _launch.interpreter_refusal()
-    return [missing, *reasons] if missing else reasons
+    return BACKENDS[backend].refusals(device, dtype, dropout)
 
 
 def explain(op: str, device: str) -> tuple[str, dict[str, list[str]]]:
     """The backend that computes op in float32 on a kind of device, and why each of the others does not."""
-    requested = resolve()
-    chosen = MEASURED.get((op, device), "torch") if requested == AUTO else "torch"
-    chosen = next((name for name in requested.split(",") if name in OPS[op]), chosen)
+    asked = resolve()
+    refused = {name: refusals(name, device, torch.float32) for name in OPS[op]}
+    wanted = asked.names or tuple(filter(None, [MEASURED.get((op, device))]))
+    chosen = next((name for name in wanted if name in OPS[op]), "torch")
+    if chosen == "torch" and asked.names in ((), ("torch",)) and not refused.get("compiled", ["absent"]):
+        chosen = "compiled"
     reasons = {}
     for name in BACKENDS:
         if name == chosen:
             continue
-        refused = refusals(name, device, torch.float32) if name in OPS[op] else ["has no implementation of this op"]
-        reasons[name] = refused or [_NOT_MEASURED if requested == AUTO else f"the backend asked for is {requested}"]
+        if name not in OPS[op]:
+            reasons[name] = ["has no implementation of this op"]
+        elif refused[name]:
+            reasons[name] = refused[name]
+        elif name == "torch" and chosen == "compiled":
+            reasons[name] = [_STANDS_BACK]
+        else:
+            reasons[name] = [f"the backend asked for is {asked}" if asked.names else _NOT_MEASURED]
     return chosen, reasons
-
-
-@functools.cache
-def _missing(package: str, try_import: bool) -> str:
-    """Why a package cannot be imported; empty where it can."""
-    if util.find_spec(package) is None:
-        return f"{package} is not installed"
-    try:
-        if try_import:
-            with xformers.quiet_import():
-                importlib.import_module("xformers.ops" if package == "xformers" else package)
-    except Exception as error:  # a broken build raises what it likes
-        return f"{package} does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return ""

@@ -1,23 +1,32 @@
-"""The one place that calls xformers' memory-efficient attention (Rabe and Staats 2021, arXiv 2112.05682).
+"""Attention by xformers' memory-efficient attention (Rabe and Staats 2021, arXiv 2112.05682).
 
-xformers is imported at the first call: it is optional, and its import takes long and logs on machines without a GPU.
+It takes no keys that sequences share, so beside it prompts are put into rows and buffers of their own. xformers is
+imported at the first call: it is optional, and its import takes long and logs on machines without a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from upt_fast.engine.backends import packages
 from upt_fast.engine.layout import PackedLayout
 
+OPS = frozenset({"stream_attention", "buffer_attention"})
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # kinds of devices it runs on; testing.xformers_on_cpu adds "cpu" and replaces `call` by an exact stand-in
 devices: tuple[str, ...] = ("cuda",)
+
+
+def refusals(device: str, dtype: torch.dtype | None = None, dropout: float = 0.0) -> list[str]:
+    """See upt_fast.engine.backends.dispatch.refusals."""
+    reasons = packages.other_dtype(dtype, DTYPES)
+    if device not in devices:
+        reasons.append(f"{device} (runs on {', '.join(devices)})")
+    return packages.with_missing("xformers", "xformers.ops", reasons)
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
@@ -34,8 +43,8 @@ def call(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
         ) from error
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without mask, shapes as in :func:`call`."""
+def stream_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """See upt_fast.engine.ops.stream_attention."""
     return call(q, k, v, None)
 
 
@@ -56,20 +65,6 @@ def _causal_bias(layout: PackedLayout, prefix: int, num_queries: int | None, dev
 
 
 def _operations() -> Any:
-    with quiet_import():
+    with packages.quiet_import():
         import xformers.ops
     return xformers.ops
-
-
-@contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Import without the imported package's warnings: xformers logs which of its own extensions do not load."""
-    logger = logging.getLogger("xformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -22,7 +22,7 @@ from upt_fast.clip.frozen import FrozenBlock, FrozenNorm
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.autograd import composing
 from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
-from upt_fast.engine.backends import dispatch
+from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.cpu import library, ways
 from upt_fast.engine.cpu.library import FrozenWeight
 from upt_fast.engine.fp8 import Fp8Weight
@@ -73,13 +73,14 @@ class FrozenBlocks(nn.Module):
         activation: str,
         dtype: torch.dtype,
         memory: str = "fast",
-        backend: str = "torch",
+        backend: Asked | str = TORCH,
         quantized: bool = False,
         length: int = 0,
     ) -> None:
         super().__init__()
-        self.backend, self.streams = backend, dispatch.uses_streams(backend)
-        self.copies_prompts = dispatch.copies_prompts(backend)
+        self.backend = Asked.of(backend)
+        self.streams = self.backend.names not in ((), ("torch",))  # on which kernels work
+        self.copies_prompts = "xformers" in self.backend.names  # into reserved rows, for its attention
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
         self.quantized, self.length = quantized, length
@@ -294,7 +295,7 @@ class FrozenBlocks(nn.Module):
             )
         if self.streams:
             raise ValueError(
-                f"backend={self.backend!r} has no second derivatives, no torch.func transforms and no shapes without "
+                f"backend='{self.backend}' has no second derivatives, no torch.func transforms and no shapes without "
                 "data; wanted 'auto' or 'torch'"
             )
 

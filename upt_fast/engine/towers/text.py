@@ -17,6 +17,7 @@ from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.tokens import ClassTokens
 from upt_fast.engine import ops
 from upt_fast.engine.autograd import composing
+from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.layout import PackedLayout
 from upt_fast.engine.memory import Need, tower_need
 from upt_fast.engine.towers.blocks import FrozenBlocks, FrozenHead
@@ -42,7 +43,7 @@ class TextTower(nn.Module):
         text: FrozenText,
         dtype: torch.dtype,
         memory: str = "fast",
-        backend: str = "torch",
+        backend: Asked | str = TORCH,
         quantized: bool = False,
     ) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from upt_fast.clip.frozen import FrozenVision
 from upt_fast.engine import ops
 from upt_fast.engine.autograd import composing
+from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.memory import Need, tower_need
 from upt_fast.engine.towers.blocks import FrozenBlocks, FrozenHead
 from upt_fast.engine.workspace import Workspace
@@ -37,7 +38,7 @@ class VisionTower(nn.Module):
         vision: FrozenVision,
         dtype: torch.dtype,
         memory: str = "fast",
-        backend: str = "torch",
+        backend: Asked | str = TORCH,
         quantized: bool = False,
     ) -> None:
         super().__init__()
