@@ -210,8 +210,10 @@ def test_a_tower_takes_what_was_recorded(dtype, monkeypatch):
     def features():
         torch.manual_seed(0)
         model = build("fast", clip, ["cat", "traffic light"], "upt", dtype=dtype)
-        panels = {w.forward.panel for w in model.vision_tower.blocks._packed.values()}
-        return panels, model.vision_tower.blocks._fill, model.encode_image(images), model.encode_text()
+        *layers, last = (model.vision_tower.blocks.layer(i) for i in range(3))
+        packed = [w for b in layers for w in (b.qkv, b.out, b.mlp.fc, b.mlp.proj)] + [last.qkv.kv, last.out]
+        panels = {factor.panel for w in packed for factor in (w.forward, w.backward)}
+        return panels, layers[0].attention.fill, model.encode_image(images), model.encode_text()
 
     chosen = features()
     recorded = choices.record()

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 from upt_fast.common.closeness import assert_rounded, relative_rms
 from upt_fast.engine import ops
-from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
+from upt_fast.engine.autograd.attention import CompiledAttention, FlashAttention
 from upt_fast.engine.cpu import library
-from upt_fast.engine.cpu.library import PANELS, FrozenWeight, pack
+from upt_fast.engine.cpu.library import PANELS, pack
 from upt_fast.engine.layout import PackedLayout
+from upt_fast.engine.weights import BlockWeights, MLPWeights, Packed, Plain
 from upt_fast.engine.workspace import Workspace
 from upt_fast.reference import ops as reference
 from upt_fast.testing import build, random_clip
@@ -52,26 +53,30 @@ def block_weights(
     panel: int = PANELS[0],
     fill: bool = False,
 ):
-    def weight(n: int, k: int) -> FrozenWeight:
+    def weight(n: int, k: int) -> Packed | Plain:
         values = (torch.randn(n, k) * k**-0.5).to(dtype)
-        return FrozenWeight.pack(values, panel, panel) if packed else FrozenWeight(values)
+        return Packed.pack(values, panel, panel) if packed else Plain(values)
 
     def bias(n: int) -> torch.Tensor:
         return (0.1 * torch.randn(n)).to(dtype)
 
     mlp = MLPWeights(weight(hidden, width), bias(hidden), weight(width, hidden), bias(width), 1e-5, kind)
     qkv_bias = F.pad(bias(width), (0, 2 * width))
-    return BlockWeights(weight(3 * width, width), qkv_bias, weight(width, width), bias(width), 1e-5, heads, mlp, fill)
+    attention = CompiledAttention(fill) if packed else FlashAttention()
+    projections = weight(3 * width, width), qkv_bias, weight(width, width), bias(width)
+    return BlockWeights(*projections, 1e-5, heads, mlp, attention)
 
 
 def converted(weights, dtype: torch.dtype):
     """The same weights in another dtype, not packed."""
 
     def convert(value):
-        if isinstance(value, FrozenWeight):
-            return FrozenWeight(value.plain.to(dtype))
+        if isinstance(value, (Packed, Plain)):
+            return Plain(value.plain.to(dtype))
         if isinstance(value, MLPWeights):
             return MLPWeights(*map(convert, value))
+        if isinstance(value, CompiledAttention):
+            return FlashAttention()
         return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
     return type(weights)(*map(convert, weights))
@@ -107,8 +112,7 @@ def test_mlp(n, width, hidden, kind, dtype):
     for panel, recompute in itertools.product((192, 0), (False, True)):
         torch.manual_seed(1)
         w = block_weights(width, hidden, 1, kind, dtype, panel=panel).mlp
-        arguments = w.fc, w.fc_bias, w.proj, w.proj_bias, w.eps, kind, recompute
-        got += grads_of(lambda x, arguments=arguments: ops.mlp(x, *arguments), [x], dy)
+        got += grads_of(lambda x, w=w, recompute=recompute: w.added(x, recompute), [x], dy)
     e = converted(w, torch.float64)
     exact = x.detach().double().requires_grad_()
     assert {t.dtype for t in got} == {dtype}
@@ -196,8 +200,8 @@ def test_what_is_saved():
 def test_linear_residual(lead, dtype):
     needs(dtype)
     x, y = rows(*lead, 70, dtype=dtype).requires_grad_(), rows(*lead, 96, dtype=dtype).requires_grad_()
-    w, bias, dy = FrozenWeight.pack(rows(70, 96, dtype=dtype)), rows(70, dtype=dtype), rows(*lead, 70, dtype=dtype)
-    got = grads_of(lambda x, y: ops.linear_residual(x, y, w, bias), [x, y], dy)
+    w, bias, dy = Packed.pack(rows(70, 96, dtype=dtype)), rows(70, dtype=dtype), rows(*lead, 70, dtype=dtype)
+    got = grads_of(lambda x, y: w.residual(x, y, bias), [x, y], dy)
     exact, w64, bias64 = [t.detach().double().requires_grad_() for t in (x, y)], w.plain.double(), bias.double()
     assert_rounded(got, lambda: grads_of(lambda x, y: x + (y @ w64.t() + bias64), exact, dy), dtype)
 
@@ -280,7 +284,7 @@ def test_norm_linear(lead, parts, with_bias, dtype):
     """Parts that fill no block of columns, and a part that the loss does not read."""
     needs(dtype)
     x, dy = rows(*lead, 96, dtype=dtype).requires_grad_(), rows(*lead, 70, dtype=dtype)
-    w, bias = FrozenWeight.pack(rows(70 * parts, 96, dtype=dtype)), rows(70 * parts, dtype=dtype) if with_bias else None
+    w, bias = Packed.pack(rows(70 * parts, 96, dtype=dtype)), rows(70 * parts, dtype=dtype) if with_bias else None
 
     def run(f, x, w, bias, dy):
         outs = f(x, w, bias, 1e-5, parts)
@@ -288,7 +292,7 @@ def test_norm_linear(lead, parts, with_bias, dtype):
 
     got = run(ops.norm_linear, x, w, bias, dy)
     exact = x.detach().double().requires_grad_()
-    w64, bias64 = FrozenWeight(w.plain.double()), None if bias is None else bias.double()
+    w64, bias64 = Plain(w.plain.double()), None if bias is None else bias.double()
     wanted = run(reference.norm_linear, exact, w64, bias64, dy.double())
     assert {t.dtype for t in got} == {dtype}
     assert_rounded(got, lambda: run(reference.norm_linear, exact, w64, bias64, dy.double()), dtype)
@@ -375,7 +379,7 @@ def test_threads():
 @compiled
 def test_shapes_are_checked():
     lib = torch.ops.upt_fast_cpu
-    x, w = torch.randn(5, 64), FrozenWeight.pack(torch.randn(96, 64))
+    x, w = torch.randn(5, 64), Packed.pack(torch.randn(96, 64))
     out, moments = torch.empty(5, 96), torch.empty(5)
     lib.linear_residual(x, *w.forward, None, None, out)
     lib.linear_residual(x, w.plain.t(), 0, None, None, out)
@@ -400,6 +404,10 @@ def test_shapes_are_checked():
             wrong()
 
 
+def is_packed(model) -> bool:
+    return isinstance(model.vision_tower.blocks.layer(0).qkv, Packed)
+
+
 @compiled
 @pytest.mark.parametrize("method", ["upt", "coop", "vpt_shallow"])
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
@@ -414,17 +422,17 @@ def test_models(method, memory, monkeypatch):
         monkeypatch.setattr(library, "MIN_WIDTH", width)
         torch.manual_seed(0)
         model = build("fast", clip, names, method, memory=memory)
-        assert bool(model.vision_tower.blocks._packed) == (width == 64)
+        assert is_packed(model) == (width == 64)
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
         found.append([loss, *(p.grad for p in model.parameters())])
     assert all(relative_rms(a, b) <= 2e-5 for a, b in zip(*found, strict=True))
     monkeypatch.setattr(library, "MIN_WIDTH", 64)
     twin = copy.deepcopy(model).double()
-    assert twin.vision_tower.blocks._packed == {}
+    assert not is_packed(twin)
     assert twin(images).dtype == torch.float64
     twin.float()
-    assert twin.vision_tower.blocks._packed
+    assert is_packed(twin)
     assert relative_rms(twin(images), model(images)) <= 2e-5
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from upt_fast import FastPromptedCLIP, FastUPT
 from upt_fast.cli import main
 from upt_fast.common.closeness import relative_rms
-from upt_fast.engine import fp8, ops
+from upt_fast.engine import fp8
 from upt_fast.engine.fp8 import Fp8Weight, quantize_rows
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.testing import build, random_clip
@@ -97,7 +97,7 @@ def test_what_is_not_finite_stays_so(bad):
     x, dy = torch.randn(3, 16), torch.randn(3, 32)
     x[1, 5] = dy[2, 7] = bad
     x.requires_grad_()
-    y = fp8.linear(x, weight)
+    y = weight.linear(x)
     (dx,) = torch.autograd.grad(y, x, dy.bfloat16())
     assert torch.equal(y.isfinite().all(1), torch.tensor([True, False, True]))
     assert torch.equal(dx.isfinite().all(1), torch.tensor([True, True, False]))
@@ -134,7 +134,7 @@ def test_linear(m, k, n, dtype, device):
     needs(device)
     x, w, b = torch.randn(m, k).to(dtype).requires_grad_(), uneven(n, k), torch.randn(n).bfloat16()
     dy = (1e-3 * torch.randn(m, n)).bfloat16()
-    y = ops.linear(x[None].to(device), Fp8Weight.quantize(w.to(device)), b.to(device))[0]
+    y = Fp8Weight.quantize(w.to(device)).linear(x[None].to(device), b.to(device))[0]
     (dx,) = torch.autograd.grad(y, x, dy.to(device))
     assert (y.dtype, dx.dtype) == (torch.bfloat16, dtype)
     y = y.cpu()
@@ -148,7 +148,7 @@ def test_linear(m, k, n, dtype, device):
 def test_error_of_a_product_is_as_derived():
     """3.7 % of |x| |w|, which is what the product has where signs are random."""
     x, w, dy = torch.randn(300, 256).requires_grad_(), torch.randn(320, 256), torch.randn(300, 320)
-    y = fp8.linear(x, Fp8Weight.quantize(w))
+    y = Fp8Weight.quantize(w).linear(x)
     (dx,) = torch.autograd.grad(y, x, dy.bfloat16())
     assert 0.034 <= relative_rms(y, x.detach().double() @ w.double().t()) <= 0.04
     assert 0.034 <= relative_rms(dx, dy.double() @ w.double()) <= 0.04
@@ -160,7 +160,7 @@ def test_sums_are_in_float32():
     weight = Fp8Weight.quantize(w)
     rows, scale = quantize_rows(x)
     exact = (scale.double() * rows.double()) @ (weight.forward_scale.double() * weight.forward.double().t())
-    assert ((fp8.linear(x, weight).double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+    assert ((weight.linear(x).double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -182,9 +182,9 @@ def test_a_cpu_computes_what_gpus_do(bias):
 def test_strided_and_empty_rows():
     w = Fp8Weight.quantize(torch.randn(16, 32))
     x = torch.randn(3, 5, 32).transpose(0, 1).bfloat16()
-    assert torch.equal(fp8.linear(x, w), fp8.linear(x.contiguous(), w))
+    assert torch.equal(w.linear(x), w.linear(x.contiguous()))
     x = torch.zeros(0, 4, 32, requires_grad=True)
-    y = fp8.linear(x, w)
+    y = w.linear(x)
     assert y.shape == (0, 4, 16)
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
@@ -192,7 +192,7 @@ def test_strided_and_empty_rows():
 def test_nothing_of_the_rows_is_kept():
     x = torch.randn(100, 32, requires_grad=True)
     weight = Fp8Weight.quantize(torch.randn(16, 32))
-    y = fp8.linear(x, weight)  # lives on: torch 2.10 lets go of what was kept with it
+    y = weight.linear(x)  # lives on: torch 2.10 lets go of what was kept with it
     kept = y.grad_fn.saved_tensors
     assert [t.data_ptr() for t in kept] == [weight.backward.data_ptr(), weight.backward_scale.data_ptr()]
 
@@ -253,7 +253,7 @@ def test_memory_levels_save_memory():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            y = blocks.layer(0, x, None, None, None)
+            y = blocks.layer(0).block(x, None, None, None, memory)
         kept[memory] = sum(found.values())
         y.sum().backward()
     assert 10 <= kept["fast"] <= 10.2  # and the moments of rows and of attention

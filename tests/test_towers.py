@@ -9,7 +9,8 @@ from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import tokenize_classnames
 from upt_fast.common.closeness import relative_rms
 from upt_fast.engine.towers import TextTower, VisionTower
-from upt_fast.engine.towers.blocks import MEMORY_LEVELS, FrozenBlocks, fold_norm
+from upt_fast.engine.towers.blocks import MEMORY_LEVELS, FrozenBlocks
+from upt_fast.engine.towers.folding import fold_norm
 from upt_fast.testing import random_clip
 
 NAMES = ["cat", "hard-leaved pocket orchid", "dog", "Boeing 747-400", "cat", "snow leopard"]

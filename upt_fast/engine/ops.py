@@ -1,25 +1,25 @@
 """The engine's operations, one public function each; engine/backends/dispatch.py tells which backend computes them.
 
 Each has a twin of the same name in reference/ops.py that is written for reading, and implementations of the same name
-in the files of engine/backends/; products with frozen weights stand here.
+in the files of engine/backends/. Products take a frozen weight as a tensor; weights.py has the packed and the quantised
+ones, which act themselves.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from typing import TYPE_CHECKING
 
-from upt_fast.engine import fp8
-from upt_fast.engine.autograd import composing, frozen_block, functions
-from upt_fast.engine.autograd.frozen_block import BlockWeights, MLPWeights
-from upt_fast.engine.backends import compiled, dispatch, pytorch, triton
+import torch
+from torch import Tensor
+
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.backends import dispatch, pytorch
 from upt_fast.engine.backends.dispatch import TORCH, Asked
-from upt_fast.engine.cpu.library import FrozenWeight
-from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
 from upt_fast.engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from upt_fast.engine.weights import BlockWeights, Packed, Plain
 
 
 def layer_norm(x: Tensor, eps: float, backend: Asked | str = TORCH) -> Tensor:
@@ -123,22 +123,18 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: Asked 
     return dispatch.find("activation", backend, u).activation(u, kind, bias)
 
 
-def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for a frozen linear.
 
     Args:
         x: (..., D).
-        weight: (M, D); quantised: the result is bfloat16.
+        weight: (M, D).
         bias: (M,) or None.
     """
-    if isinstance(weight, Fp8Weight):
-        return fp8.linear(x, weight, bias)
-    if not functions.takes_onednn(x):
-        return F.linear(x, weight, bias)
-    return functions.Linear.apply(x, weight, bias, None)
+    return pytorch.linear(x, weight, bias)
 
 
-def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
+def norm_linear(x: Tensor, weight: Plain | Packed, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
     """norm(x) W^T + b for a frozen linear whose result falls into parts.
 
     Args:
@@ -150,16 +146,14 @@ def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float
     Returns:
         n of (..., M / n).
     """
-    if weight.forward is None or composing.op_by_op(x) or x.numel() == 0:
-        return linear(layer_norm(x, eps), weight.plain, bias).chunk(parts, dim=-1)
-    return compiled.norm_linear(x, weight, bias, eps, parts)
+    return weight.norm_linear(x, bias, eps, parts)
 
 
 def linear_gelu(
     h: Tensor,
-    fc_weight: Tensor | Fp8Weight,
+    fc_weight: Tensor,
     fc_bias: Tensor,
-    proj_weight: Tensor | Fp8Weight,
+    proj_weight: Tensor,
     proj_bias: Tensor,
     kind: str,
     recompute: bool = False,
@@ -175,23 +169,13 @@ def linear_gelu(
         proj_bias: (D,).
         kind: the activation, see :func:`activation`.
         recompute: compute the hidden features (..., M) again in backward instead of keeping them.
-        backend: see upt_fast/engine/backends/dispatch.py; with quantised weights of the activation alone.
+        backend: see upt_fast/engine/backends/dispatch.py.
     """
     weights = fc_weight, fc_bias, proj_weight, proj_bias
-    quantized = isinstance(fc_weight, Fp8Weight)
-    if not quantized and dispatch.choose("linear_gelu", backend, h) == "triton":
-        return triton.linear_gelu(h, *weights, kind, recompute)  # type: ignore[arg-type]
-    if recompute and torch.is_grad_enabled() and not composing.composes(h):
-        inputs = (h, *weights, kind, False, backend)
-        return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
-    if quantized:  # whose product adds the bias before it rounds
-        a = activation(linear(h, fc_weight, fc_bias), kind, None, backend)
-    else:
-        a = activation(linear(h, fc_weight), kind, fc_bias, backend)
-    return linear(a, proj_weight, proj_bias)
+    return dispatch.find("linear_gelu", backend, h).linear_gelu(h, *weights, kind, recompute)
 
 
-def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight | Fp8Weight, bias: Tensor) -> Tensor:
+def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x + y W^T + b for a frozen linear, the sum done by the matrix product.
 
     Args:
@@ -200,19 +184,14 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor | FrozenWeight | Fp8Wei
         weight: (D, M).
         bias: (D,).
     """
-    if isinstance(weight, Fp8Weight):
-        return x + fp8.linear(y, weight, bias)
-    weight = weight if isinstance(weight, FrozenWeight) else FrozenWeight(weight)
-    if weight.forward is not None and not composing.op_by_op(y):
-        return compiled.linear_residual(x, y, weight, bias)
-    return functions.linear_residual(x, y, weight.plain, bias)
+    return pytorch.linear_residual(x, y, weight, bias)
 
 
 def mlp(
     x: Tensor,
-    fc_weight: Tensor | FrozenWeight | Fp8Weight,
+    fc_weight: Tensor,
     fc_bias: Tensor,
-    proj_weight: Tensor | FrozenWeight | Fp8Weight,
+    proj_weight: Tensor,
     proj_bias: Tensor,
     eps: float,
     kind: str,
@@ -234,16 +213,8 @@ def mlp(
         workspace: memory to use; None: the op's own.
         layer: this layer's place in the workspace.
     """
-    if isinstance(fc_weight, Fp8Weight):
-        assert isinstance(proj_weight, Fp8Weight)
-        return x + linear_gelu(layer_norm(x, eps), fc_weight, fc_bias, proj_weight, proj_bias, kind, recompute)
-    assert not isinstance(proj_weight, Fp8Weight)
-    fc, proj = (w if isinstance(w, FrozenWeight) else FrozenWeight(w) for w in (fc_weight, proj_weight))
-    if composing.op_by_op(x) or x.numel() == 0:
-        u = F.linear(layer_norm(x, eps), fc.plain, fc_bias)
-        return linear_residual(x, activation(u, kind), proj.plain, proj_bias)
-    weights = MLPWeights(fc, fc_bias, proj, proj_bias, eps, kind)
-    return frozen_block.MLP.apply(x, weights, recompute, workspace, layer)
+    weights = fc_weight, fc_bias, proj_weight, proj_bias
+    return pytorch.mlp(x, *weights, eps, kind, recompute, workspace, layer)
 
 
 def block(
@@ -264,41 +235,16 @@ def block(
         prefix_v: (S, P, H, K) values, or None.
         weights: the block's.
         set_index: (B,) int64, each image's set; None where S is 1.
-        memory: "fast", "balanced" or "lean": what backward recomputes (frozen_block.py).
+        memory: "fast", "balanced" or "lean": what backward recomputes (autograd/frozen_block.py).
         workspace: memory to use; None: the op's own.
         layer: this layer's place in the workspace.
     """
-    exact = x.dtype.itemsize >= 4 or weights.qkv.forward is not None
-    if x.device.type == "cpu" and x.numel() > 0 and exact and not composing.op_by_op(x):
-        return frozen_block.Block.apply(x, prefix_k, prefix_v, set_index, weights, memory, workspace, layer)
-    if memory == "lean" and torch.is_grad_enabled() and not composing.composes(x):
-        return checkpoint(
-            _block, x, prefix_k, prefix_v, weights, set_index, False, use_reentrant=False, preserve_rng_state=False
-        )
-    return _block(x, prefix_k, prefix_v, weights, set_index, memory == "balanced", workspace, layer)
-
-
-def _block(
-    x: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    weights: BlockWeights,
-    set_index: Tensor | None,
-    recompute: bool,
-    workspace: Workspace | None = None,
-    layer: int = 0,
-) -> Tensor:
-    """:func:`block`, operation by operation."""
-    width, w = x.shape[-1], weights.mlp
-    q, k, v = qkv(layer_norm(x, weights.eps), weights.qkv.plain, weights.qkv_bias[:width], weights.num_heads)
-    attended = prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
-    x = linear_residual(x, attended.flatten(-2), weights.out.plain, weights.out_bias)
-    return mlp(x, w.fc, w.fc_bias, w.proj, w.proj_bias, w.eps, w.activation, recompute, workspace, layer)
+    return weights.block(x, prefix_k, prefix_v, set_index, memory, workspace, layer)
 
 
 def qkv(
     h: Tensor,
-    weight: Tensor | tuple[Fp8Weight, Fp8Weight],
+    weight: Tensor,
     q_bias: Tensor,
     num_heads: int,
     h_q: Tensor | None = None,
@@ -307,19 +253,14 @@ def qkv(
 
     Args:
         h: (..., D).
-        weight: (3D, D); quantised: q's (D, D), and k's and v's (2D, D).
+        weight: (3D, D).
         q_bias: (D,).
         num_heads: H.
         h_q: (..., D) the rows that need queries, if not all do.
     Returns:
         three of (..., H, K).
     """
-    width = h.shape[-1]
-    # two products: q lives on for backward, where k and v are copied into a buffer behind the prompts'
-    w_q, w_kv = (weight[:width], weight[width:]) if isinstance(weight, Tensor) else weight
-    q = linear(h if h_q is None else h_q, w_q, q_bias)
-    k, v = linear(h, w_kv).chunk(2, dim=-1)
-    return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # type: ignore[return-value]
+    return pytorch.qkv(h, weight, q_bias, num_heads, h_q)
 
 
 def prefix_attention(

@@ -1,6 +1,6 @@
 """The engine's own CPU operations (kernels/cpu), in the place of PyTorch's where a processor and a compiler allow it.
 
-Products take weights that were packed for them: who computes those is decided where a tower's
+Products take weights that were packed for them (weights/packed.py): who computes those is decided where a tower's
 weights are packed. cpu/library.py compiles the operations and says where they do not run.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upt_fast.engine.autograd import composing, frozen_block
+from upt_fast.engine.autograd import compiled, composing
+from upt_fast.engine.autograd.products import PackedProduct
 from upt_fast.engine.cpu import library
-from upt_fast.engine.cpu.library import FrozenWeight
 from upt_fast.engine.layout import PackedLayout, PackedTiles
 
 OPS = frozenset(
@@ -39,14 +39,14 @@ def refusals(
     return [reason] if reason else []
 
 
-def norm_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
+def norm_linear(x: Tensor, weight: PackedProduct, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
     """See upt_fast.engine.ops.norm_linear."""
-    return frozen_block.NormLinear.apply(x, weight, bias, eps, parts)
+    return compiled.NormLinear.apply(x, weight, bias, eps, parts)
 
 
-def linear_residual(x: Tensor, y: Tensor, weight: FrozenWeight, bias: Tensor) -> Tensor:
+def linear_residual(x: Tensor, y: Tensor, weight: PackedProduct, bias: Tensor) -> Tensor:
     """See upt_fast.engine.ops.linear_residual."""
-    return frozen_block.LinearResidual.apply(x, y, weight, bias)
+    return compiled.LinearResidual.apply(x, y, weight, bias)
 
 
 def takes(op: str, x: Tensor, *others: Tensor) -> bool:
@@ -68,4 +68,4 @@ def packed_attention(
     tiles: PackedTiles | None = None,
 ) -> Tensor:
     """See upt_fast.engine.ops.packed_attention."""
-    return frozen_block.PackedAttention.apply(q, k, v, prefix_k, prefix_v, layout)
+    return compiled.PackedAttention.apply(q, k, v, prefix_k, prefix_v, layout)

@@ -11,12 +11,16 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from upt_fast.engine.autograd import composing, functions
+from upt_fast.engine.autograd.frozen_block import MLP, MLPParts
+from upt_fast.engine.autograd.products import PlainProduct
 from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
+from upt_fast.engine.workspace import Workspace
 
 OPS = (
-    "prompt_transform",  # the learner's own modules: upt_fast/prompts/unified.py
+    "prompt_transform",  # the learner's own modules: upt_fast/prompts/upt.py
     "prompt_insert",
     "insert_shared",
     "layer_norm",
@@ -30,7 +34,7 @@ OPS = (
     "norm_linear",
     "linear_residual",
     "mlp",
-    "block",
+    "block",  # of the other ones: engine/weights.py
     "prefix_attention",
     "packed_attention",
 )
@@ -79,6 +83,70 @@ def activation(u: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
     if kind == "quick_gelu":
         return F.silu(u)
     return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See upt_fast.engine.ops.linear."""
+    if not functions.takes_onednn(x):
+        return F.linear(x, weight, bias)
+    return functions.Linear.apply(x, weight, bias, None)
+
+
+def norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
+    """See upt_fast.engine.ops.norm_linear; of a plain weight (M, D)."""
+    return linear(layer_norm(x, eps), weight, bias).chunk(parts, dim=-1)
+
+
+def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See upt_fast.engine.ops.linear_residual."""
+    return functions.linear_residual(x, y, weight, bias)
+
+
+def linear_gelu(
+    h: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    kind: str,
+    recompute: bool = False,
+) -> Tensor:
+    """See upt_fast.engine.ops.linear_gelu."""
+    if recompute and torch.is_grad_enabled() and not composing.composes(h):
+        inputs = h, fc_weight, fc_bias, proj_weight, proj_bias, kind
+        return checkpoint(linear_gelu, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return linear(activation(linear(h, fc_weight), kind, fc_bias), proj_weight, proj_bias)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+    kind: str,
+    recompute: bool = False,
+    workspace: Workspace | None = None,
+    layer: int = 0,
+) -> Tensor:
+    """See upt_fast.engine.ops.mlp."""
+    if composing.op_by_op(x) or x.numel() == 0:
+        u = F.linear(layer_norm(x, eps), fc_weight, fc_bias)
+        return linear_residual(x, activation(u, kind), proj_weight, proj_bias)
+    parts = MLPParts(PlainProduct(fc_weight), fc_bias, PlainProduct(proj_weight), proj_bias, eps, kind)
+    return MLP.apply(x, parts, recompute, workspace, layer)
+
+
+def qkv(
+    h: Tensor, weight: Tensor, q_bias: Tensor, num_heads: int, h_q: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See upt_fast.engine.ops.qkv."""
+    width = h.shape[-1]
+    # two products: q lives on for backward, where k and v are copied into a buffer behind the prompts'
+    q = linear(h if h_q is None else h_q, weight[:width], q_bias)
+    k, v = linear(h, weight[width:]).chunk(2, dim=-1)
+    return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # type: ignore[return-value]
 
 
 def prepend_rows(prefix: Tensor, x: Tensor, set_index: Tensor | None = None) -> Tensor:

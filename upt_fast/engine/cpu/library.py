@@ -48,19 +48,6 @@ class Factor(NamedTuple):
     panel: int  # rows of a panel at most; 0: PyTorch multiplies
 
 
-class FrozenWeight(NamedTuple):
-    """A frozen linear's weight, and the factors of y = x W^T and of dx = dy W where the CPU operations run."""
-
-    plain: Tensor  # (N, K)
-    forward: Factor | None = None  # W^T
-    backward: Factor | None = None  # W
-
-    @classmethod
-    def pack(cls, weight: Tensor, forward: int = PANELS[0], backward: int = PANELS[0]) -> FrozenWeight:
-        """With the panels of both directions; see Factor."""
-        return cls(weight, pack(weight.t(), forward), pack(weight, backward))
-
-
 def pack(b: Tensor, panel: int = PANELS[0]) -> Factor:
     """A factor (K, N) as blocks of columns, (N / 64, K, 64), bfloat16 (N / 64, K / 2, 64, 2); unpacked for panel 0."""
     if panel == 0:

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from upt_fast.engine.cpu import choices, library
+from upt_fast.engine.cpu import choices
 from upt_fast.engine.cpu.library import ACTIVATIONS, PANELS, pack
 
 EPS = 1e-5
@@ -146,8 +146,3 @@ def float32_product() -> str:
 
     ways = {"mm": lambda: [torch.mm(inputs()[0], inputs()[1].t())], "onednn": onednn}
     return choices.choose(f"product {rows} x {width} x {hidden} {_key(torch.float32)}", ways)
-
-
-def prepare(product: str, weight: Tensor, rows: int) -> library.FrozenWeight:
-    """A frozen weight (N, K) as the operations that were chosen for it take it; see :func:`panels`."""
-    return library.FrozenWeight.pack(weight, *panels(product, weight, rows))

@@ -20,7 +20,8 @@ from upt_fast.engine.autograd import composing
 from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.layout import PackedLayout
 from upt_fast.engine.memory import Need, tower_need
-from upt_fast.engine.towers.blocks import FrozenBlocks, FrozenHead
+from upt_fast.engine.towers.blocks import FrozenBlocks
+from upt_fast.engine.towers.folding import FrozenHead
 from upt_fast.engine.towers.packing import PackedClasses, RepeatedClasses
 from upt_fast.engine.workspace import Workspace
 

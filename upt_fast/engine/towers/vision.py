@@ -18,7 +18,8 @@ from upt_fast.engine import ops
 from upt_fast.engine.autograd import composing
 from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.memory import Need, tower_need
-from upt_fast.engine.towers.blocks import FrozenBlocks, FrozenHead
+from upt_fast.engine.towers.blocks import FrozenBlocks
+from upt_fast.engine.towers.folding import FrozenHead
 from upt_fast.engine.workspace import Workspace
 
 
@@ -153,7 +154,7 @@ class VisionTower(nn.Module):
                 workspace = blocks.workspace(checkpointed=False)
             prefix = prompt_kv[i] if i < len(prompt_kv) else None
             if i < last:
-                x = blocks.layer(i, x, prefix, set_index, workspace)
+                x = blocks.through(i, x, prefix, set_index, workspace)
             else:
                 x = blocks.run(self._last_layer, i, x, prefix, set_index, first_row, blocks.workspace("last"))
         workspace.end_forward()
