@@ -17,6 +17,7 @@ from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.common.closeness import relative_rms
 from upt_fast.engine.backends.dispatch import Asked
 from upt_fast.engine.layout import PackedTiles
+from upt_fast.engine.towers.routes import Streams
 from upt_fast.testing import random_clip, xformers_on_cpu
 from upt_fast.tools.verify import run_verify
 
@@ -151,7 +152,7 @@ def test_prompt_sets(sets):
         tower = VisionTower(clip.vision, torch.float64, backend=backend)
         features = tower(batch, prompts, set_index)
         found.append((features, *torch.autograd.grad(features.square().sum(), prompts)))
-    assert tower.blocks.streams
+    assert type(tower.route) is Streams
     for got, wanted in zip(*found, strict=True):
         assert relative_rms(got, wanted) <= 1e-12
 

@@ -8,7 +8,7 @@ import torch
 from upt_fast.clip.open_clip import frozen_clip
 from upt_fast.clip.tokens import tokenize_classnames
 from upt_fast.common.closeness import relative_rms
-from upt_fast.engine.towers import TextTower, VisionTower
+from upt_fast.engine.towers import TextTower, VisionTower, routes
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS, FrozenBlocks
 from upt_fast.engine.towers.folding import fold_norm
 from upt_fast.testing import random_clip
@@ -47,6 +47,22 @@ def tokens_of(names, n_text, tokenizer):
 def gradient(features, prompts):
     weights = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).sin().view_as(features)
     return torch.autograd.grad((features * weights).sum(), prompts)[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "route"),
+    [
+        ("auto", routes.Rows),
+        ("torch", routes.Rows),
+        ("triton", routes.Streams),
+        ("torch,triton", routes.Streams),
+        ("xformers", routes.ReservedStreams),
+        ("triton,xformers", routes.ReservedStreams),
+    ],
+)
+def test_the_route_follows_from_the_backends(backend, route):
+    for kind, weights in ((TextTower, clip().text), (VisionTower, clip().vision)):
+        assert type(kind(weights, torch.float32, backend=backend).route) is route
 
 
 @pytest.mark.parametrize("memory", MEMORY_LEVELS)

@@ -8,8 +8,8 @@ and sums. The CLIP is frozen, so that
 
 and backward has them only where prompts stand before the rows. What flash attention computes again is not counted.
 
-The engine's formulas follow engine/towers with ``memory="fast"``, the plain ones reference/base.py: all tokens of each
-class and each image, prompts as rows of every sequence. What they are given is read in step_cost.py.
+The engine's formulas follow towers/routes.py with ``memory="fast"``, the plain ones reference/base.py: all tokens of
+each class and each image, prompts as rows of every sequence. What they are given is read in step_cost.py.
 """
 
 from __future__ import annotations

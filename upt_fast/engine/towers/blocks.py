@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenBlock
 from upt_fast.engine import ops
-from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.towers.stacks import Fp8Stack, PlainStack
-from upt_fast.engine.weights import BlockWeights, Heads, recomputed
+from upt_fast.engine.weights import BlockWeights, recomputed
 from upt_fast.engine.workspace import MemoryPool, Workspace
 
 MEMORY_LEVELS = ("fast", "balanced", "lean")
@@ -32,8 +31,8 @@ class FrozenBlocks(nn.Module):
         dtype: dtype of the folded weights, in which the blocks compute.
         memory: "fast": keep what backward needs; "balanced": recompute the MLP's hidden features in backward;
             "lean": recompute the whole block from its input.
-        backend: of the ops, as dispatch.resolve returns it.
         quantized: the linears' weights are in fp8 (upt_fast/engine/fp8.py) beside dtype, and whole blocks run op by op.
+        packs: whether the compiled operations may have weights of their own.
         length: rows of an image; 0: the rows are those of packed class names.
     """
 
@@ -44,18 +43,14 @@ class FrozenBlocks(nn.Module):
         activation: str,
         dtype: torch.dtype,
         memory: str = "fast",
-        backend: Asked | str = TORCH,
         quantized: bool = False,
+        packs: bool = True,
         length: int = 0,
     ) -> None:
         super().__init__()
-        self.backend = Asked.of(backend)
-        self.streams = self.backend.names not in ((), ("torch",))  # on which kernels work
-        self.copies_prompts = "xformers" in self.backend.names  # into reserved rows, for its attention
-        self.packs = not self.streams  # whether the compiled operations may have weights of their own
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
-        self.length = length
+        self.packs, self.length = packs, length
         self._pool = MemoryPool()
         self.eps_1 = tuple(b.ln_1.eps for b in blocks)
         self.eps_2 = tuple(b.ln_2.eps for b in blocks)
@@ -80,72 +75,6 @@ class FrozenBlocks(nn.Module):
     def layer(self, i: int) -> BlockWeights:
         """The weights of layer i, views of the buffers."""
         return self.stack.layer(self, i)
-
-    def qkv(self, i: int, x: Tensor, query_rows: Tensor | None = None) -> Heads:
-        """Queries, keys and values of rows x entering layer i.
-
-        Args:
-            x: (..., D) rows.
-            query_rows: (..., D) the rows that need queries, if not all do.
-        Returns:
-            three of (..., H, K).
-        """
-        w = self.layer(i)
-        return w.qkv.heads(x, w.qkv_bias, w.eps, w.num_heads, query_rows)
-
-    def through(
-        self, i: int, x: Tensor, prefix_kv: Tensor | None, set_index: Tensor | None, workspace: Workspace
-    ) -> Tensor:
-        """All of layer i for sequences that see [shared prefix ; own rows].
-
-        Args:
-            x: (B, L, D) rows that enter the layer.
-            prefix_kv: (S, P, 2, H, K) keys and values of S prompt sets, or None.
-            set_index: (B,) int64, each sequence's set; None where S is 1.
-            workspace: memory of this pass.
-        """
-        prefix_k, prefix_v = (None, None) if prefix_kv is None else prefix_kv.unbind(2)
-        return self.layer(i).block(x, prefix_k, prefix_v, set_index, self.memory, workspace, i)
-
-    def finish(self, i: int, x: Tensor, attended: Tensor, workspace: Workspace) -> Tensor:
-        """The rest of layer i: output projection, residual, MLP, residual.
-
-        Args:
-            x: (..., D) rows that entered the layer.
-            attended: (..., H, K) attention's output for these rows.
-            workspace: memory of this pass.
-        """
-        w = self.layer(i)
-        x = w.out.residual(x, attended.flatten(-2), w.out_bias)
-        return w.mlp.added(x, self.memory == "balanced", workspace, i)
-
-    def stream_qkv(self, i: int, h: Tensor) -> Heads:
-        """Queries, keys and values, three of (..., H, K), of the normalised rows h (..., D) of layer i's stream."""
-        w = self.layer(i)
-        return w.qkv.stream_heads(h, w.qkv_bias, w.num_heads)
-
-    def stream_finish(self, i: int, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The rest of layer i, its last sum left to the next layer's LayerNorm.
-
-        Args:
-            x: (..., D) rows that entered the layer.
-            attended: (..., H, K) attention's output for these rows.
-        Returns:
-            rows (..., D), and what the MLP adds to them.
-        """
-        w = self.layer(i)
-        out = w.out.linear(attended.flatten(-2), w.out_bias)
-        x, h = ops.add_layer_norm(x, out, w.mlp.eps, self.backend)
-        return x, w.mlp.of_normed(h, self.memory == "balanced", self.backend)
-
-    def check_composes(self) -> None:
-        """Raise a ValueError where the rows of a pass cannot be computed op by op, as composing asks for."""
-        self.stack.check_composes()
-        if self.streams:
-            raise ValueError(
-                f"backend='{self.backend}' has no second derivatives, no torch.func transforms and no shapes without "
-                "data; wanted 'auto' or 'torch'"
-            )
 
     def prompt_kv(self, prompts: Tensor, first: int = 0) -> Tensor:
         """Keys and values of prompts that act as nothing else, of several layers in one product.
