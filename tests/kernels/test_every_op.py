@@ -1,7 +1,5 @@
 """What holds for every operation with kernels of its own, at the shapes of small_cases() and at larger ones."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from upt_fast.kernels._workloads import modules_with_kernels
@@ -38,8 +36,8 @@ ONE = {c.op: c for c in reversed(EVERY)}  # of each operation
 OPS = pytest.mark.parametrize("case", ONE.values(), ids=ONE)
 
 
-def evaluate(case: Case, call: Callable[..., tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """Outputs and gradients of a call on the case's arguments, the same numbers each time."""
+def evaluate(case: Case) -> list[torch.Tensor]:
+    """Outputs and gradients by the kernels, of the same numbers each time."""
     arguments = case.make(Numbers(seed=0))
     outputs = call(case.op, arguments, "triton")
     weights = [torch.ones_like(y).cumsum(-1) if y.ndim else y for y in outputs]
@@ -49,7 +47,7 @@ def evaluate(case: Case, call: Callable[..., tuple[torch.Tensor, ...]]) -> list[
 @CASES
 @pytest.mark.usefixtures("gpu_tiles")
 def test_repeats_bit_for_bit(case):
-    assert all(map(torch.equal, evaluate(case, call), evaluate(case, call)))
+    assert all(map(torch.equal, evaluate(case), evaluate(case)))
 
 
 @CASES

@@ -147,33 +147,41 @@ MUTANTS = (
         "ks[:, None].to(tl.int64)",
         tests="kernels/test_linear_gelu.py",
     ),
-    # packed_attention.py
+    # _packed_attention_*.py
     Mutant(
         "packed_attention: a row sees the next one",
-        "packed_attention.py",
+        "_packed_attention_common.py",
         "(keys[None, :] <= rows[:, None])",
         "(keys[None, :] <= rows[:, None] + 1)",
     ),
     Mutant(
         "packed_attention: classes see the ones before",
-        "packed_attention.py",
+        "_packed_attention_common.py",
         " & (keys[None, :] >= starts[:, None])",
         "",
     ),
     Mutant(
         "packed_attention: gradient of the scores",
-        "packed_attention.py",
+        "_packed_attention_bwd.py",
         "(dp - tl.sum(p * dp, axis=1)[:, None])",
         "dp",
     ),
     Mutant(
         "packed_attention: prefix of the first set",
-        "packed_attention.py",
+        "_packed_attention_common.py",
         "tl.load(tile + 4).to(tl.int64) * P",
         "P * 0",
     ),
-    Mutant("packed_attention: what is not finite spreads", "packed_attention.py", "* LOG2E + poison", "* LOG2E"),
-    Mutant("packed_attention: keys' gradient as values'", "packed_attention.py", "own, dk, K", "own, dv, K"),
+    Mutant(
+        "packed_attention: what is not finite spreads", "_packed_attention_common.py", "* LOG2E + poison", "* LOG2E"
+    ),
+    Mutant("packed_attention: keys' gradient as values'", "_packed_attention_bwd.py", "own, dk, K", "own, dv, K"),
+    Mutant(
+        "packed_attention: keys for values",
+        "_packed_attention_fwd.py",
+        "softmax(q, k, poison, sees).to(v.dtype), v,",
+        "softmax(q, k, poison, sees).to(v.dtype), k,",
+    ),
     # _prefix_attention_*.py
     Mutant(
         "prefix_attention: stale sum",
