@@ -20,7 +20,7 @@ from upt_fast.engine.memory import peak
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
-from upt_fast.methods import MethodConfig, find_method, make_config
+from upt_fast.methods import MAIN_METHOD, MethodConfig, find_method, make_config
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
 from upt_fast.saving import SavedWithCLIP, use_released_names
@@ -72,7 +72,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         clip_model: nn.Module,
         classnames: Iterable[str],
         *,
-        method: str | type[PromptLearner] = "upt",
+        method: str | type[PromptLearner] = MAIN_METHOD,
         tokenizer: Tokenizer | None = None,
         config: MethodConfig | None = None,
         dtype: torch.dtype | str | None = None,
@@ -374,18 +374,18 @@ class FastUPT(FastPromptedCLIP):
         >>> loss.backward()  # gradients of model.parameters(): the prompts and their transform
     """
 
-    only_method = "upt"
+    only_method = MAIN_METHOD
 
     def __init__(
         self,
         clip_model: nn.Module,
         classnames: Iterable[str],
         *,
-        method: str = "upt",
+        method: str = MAIN_METHOD,
         tokenizer: Tokenizer | None = None,
         config: UPTConfig | None = None,
         **options: Any,
     ) -> None:
-        if method != "upt":
+        if method != MAIN_METHOD:
             raise ValueError(f"method={method!r}; FastUPT is 'upt': FastPromptedCLIP takes any method")
         super().__init__(clip_model, classnames, method=method, tokenizer=tokenizer, config=config, **options)
