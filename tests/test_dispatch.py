@@ -115,6 +115,8 @@ def test_compiled_operations_stand_in_for_torch(monkeypatch, asked, chosen, reas
         assert found == chosen
         assert {name: refused[name] for name in reasons} == {name: [reason] for name, reason in reasons.items()}
     assert dispatch.explain("linear", "cpu")[0] == "torch"
+    # of the prompts' own rows, on streams too, unless a kernel has it
+    assert dispatch.explain("packed_attention", "cpu")[0] == ("triton" if asked == "triton" else "compiled")
 
 
 def test_compiled_is_no_ones_to_name():

@@ -1,6 +1,6 @@
 """The frozen engine's own autograd functions: no weight gradients, few saved tensors, memory from a workspace.
 
-Called by ops.py, which says what each computes; here is how.
+Called by backends/pytorch.py; ops.py says what each computes, here is how.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 class Linear(torch.autograd.Function):
-    """See :func:`linear` and :func:`linear_residual`."""
+    """See upt_fast.engine.ops.linear and linear_residual; oneDNN's product, which autograd does not know."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual):  # type: ignore[no-untyped-def]

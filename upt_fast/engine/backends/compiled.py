@@ -1,6 +1,6 @@
 """The engine's own CPU operations (kernels/cpu), in the place of PyTorch's where a processor and a compiler allow it.
 
-Products take weights that were packed for them (weights/packed.py): who computes those is decided where a tower's
+Products take weights that were packed for them (weights.py): who computes those is decided where a tower's
 weights are packed. cpu/library.py compiles the operations and says where they do not run.
 """
 
@@ -23,6 +23,10 @@ OPS = frozenset(
         "packed_attention",
     }
 )
+
+
+# chosen by each call's tensors; the others where a tower's weights are packed
+BY_CALL = frozenset({"packed_attention"})
 
 
 def refusals(
@@ -50,8 +54,8 @@ def linear_residual(x: Tensor, y: Tensor, weight: PackedProduct, bias: Tensor) -
 
 
 def takes(op: str, x: Tensor, *others: Tensor) -> bool:
-    """Whether an op on these tensors, not on weights, is computed here: attention of rows (N, H, K) in one dtype."""
-    if op != "packed_attention" or x.device.type != "cpu" or composing.op_by_op(x):
+    """Whether an op of BY_CALL is computed here: attention of rows (N, H, K), all in one dtype."""
+    if op not in BY_CALL or x.device.type != "cpu" or composing.op_by_op(x):
         return False
     if any(t.dtype != x.dtype for t in others):
         return False

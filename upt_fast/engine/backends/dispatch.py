@@ -43,6 +43,11 @@ class Asked(NamedTuple):
             return backend
         return cls() if backend == AUTO else cls(tuple(name.strip() for name in backend.split(",")))
 
+    @property
+    def no_kernels(self) -> bool:
+        """Whether no kernels were asked for, which work on streams of rows and on plain weights."""
+        return self.names in ((), ("torch",))
+
     def __str__(self) -> str:
         return ",".join(self.names) or AUTO
 
@@ -125,7 +130,8 @@ def explain(op: str, device: str) -> tuple[str, dict[str, list[str]]]:
     refused = {name: refusals(name, device, torch.float32) for name in OPS[op]}
     wanted = asked.names or tuple(filter(None, [MEASURED.get((op, device))]))
     chosen = next((name for name in wanted if name in OPS[op]), "torch")
-    if chosen == "torch" and asked.names in ((), ("torch",)) and not refused.get("compiled", ["absent"]):
+    stands_in = op in compiled.BY_CALL or (op in compiled.OPS and asked.no_kernels)
+    if chosen == "torch" and stands_in and not refused["compiled"]:
         chosen = "compiled"
     reasons = {}
     for name in BACKENDS:

@@ -30,7 +30,7 @@ Summands = tuple[Tensor, Tensor | None]  # rows, and what is still to be added t
 
 def choose(asked: Asked) -> Route:
     """The route for the backends that were asked for: kernels need streams, xformers room for the prompts."""
-    if asked.names in ((), ("torch",)):
+    if asked.no_kernels:
         return Rows()
     return ReservedStreams(asked) if "xformers" in asked.names else Streams(asked)
 
