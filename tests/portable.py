@@ -28,19 +28,19 @@ SETTINGS = (
     {"UPT_FAST_MEASURE": "1"},
     {"OMP_NUM_THREADS": "2"},
 )
-KERNELS = ("kernels", "test_streams.py")
+KERNELS = ("kernels", "engine/test_streams.py")
 NUMERIC = (
     "reference",
-    "test_compose.py",
-    "test_cpu_ops.py",
-    "test_fp8.py",
+    "engine/test_compose.py",
+    "engine/test_cpu_ops.py",
+    "engine/test_fp8.py",
+    "engine/test_memory.py",
+    "engine/test_ops.py",
+    "engine/test_towers.py",
     "test_gpu_suite.py",
-    "test_memory.py",
     "test_methods.py",
     "test_model.py",
-    "test_ops.py",
     "test_prompts.py",
-    "test_towers.py",
     "test_verify.py",
 )
 

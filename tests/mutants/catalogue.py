@@ -39,8 +39,8 @@ class Mutant(NamedTuple):
     def test_file(self) -> str:
         """Where it must be caught."""
         # _prefix_attention_fwd.py is a part of prefix_attention.py
-        stem = re.sub(r"^_|_(fwd|bwd|common)$", "", self.file.removesuffix(".py"))
-        return self.tests or ("test_cpu_ops.py" if self.compiled else f"kernels/test_{stem}.py")
+        stem = re.sub(r"^_|_(fwd|bwd|common)$", "", self.file.rpartition("/")[2].removesuffix(".py"))
+        return self.tests or ("engine/test_cpu_ops.py" if self.compiled else f"kernels/test_{stem}.py")
 
     def apply(self, text: str) -> str:
         """The file's text with the change.

@@ -22,7 +22,7 @@ from upt_fast.testing import random_clip, xformers_on_cpu
 from upt_fast.tools.verify import run_verify
 
 NAMES = ["cat", "dog", "aeroplane", "traffic light", "x"]
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLIP = random_clip(vision_layers=2, text_layers=2).to(DEVICE)
 OPTIONS = [
@@ -307,7 +307,7 @@ def test_ddp_with_a_communication_hook():
 
 def test_nothing_is_concatenated_layer_by_layer():
     """One torch.cat remains per set of class names, when they are packed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for path in [*(root / "upt_fast" / "engine" / "towers").glob("*.py"), *(root / "kernels").glob("*.py")]:
         if path.name != "packing.py":
             assert "torch.cat" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path
