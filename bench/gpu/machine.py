@@ -212,12 +212,16 @@ def sanitizer_path() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
 
 
+# what compiles and tells, and changes no figure
+REPORTING = ("report.py", "_compile.py", "_targets.py", "_workloads.py", "info.py")
+
+
 def source_hash() -> str:
     """Of everything that is measured and measures; the commit does not tell what is not committed."""
     found = hashlib.sha256()
     for pattern in ("upt_fast/**/*.py", "kernels/*.py", "bench/gpu_suite.py", "bench/gpu/*.py"):
         for path in sorted(ROOT.glob(pattern)):
-            if path.name not in ("report.py", "info.py") and path.parent.name != "cli":
+            if path.name not in REPORTING and path.parent.name != "cli":
                 found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
