@@ -34,7 +34,7 @@ def write_epochs(run_dir, first: int, state: TrainingState) -> TrainingState:
         better = METRICS[epoch - 1] > state.best_metric
         best_epoch, best = (epoch, METRICS[epoch - 1]) if better else (state.best_epoch, state.best_metric)
         state = TrainingState(epoch, epoch * 10, best_epoch, best)
-        write_checkpoint(run_dir, Learner(epoch), {"w": torch.full((3,), float(epoch))}, state)
+        write_checkpoint(run_dir, Learner(epoch), {"momentum.w": torch.full((3,), float(epoch))}, state)
     return state
 
 
@@ -43,10 +43,10 @@ def check(run_dir) -> TrainingState:
     if restored is None:
         assert not (run_dir / "last").exists()
         return TrainingState(0, 0, 0, -1.0)
-    state, momentum = restored
+    state, tensors = restored
     assert (run_dir / "last" / "learner").read_text() == str(state.epoch)
     assert (run_dir / "best" / "learner").read_text() == str(state.best_epoch)
-    assert torch.equal(momentum["w"], torch.full((3,), float(state.epoch)))
+    assert torch.equal(tensors["momentum.w"], torch.full((3,), float(state.epoch)))
     assert state.best_metric == max(METRICS[: state.epoch])
     assert len(list((run_dir / "checkpoints").iterdir())) == len({state.epoch, state.best_epoch})
     return state

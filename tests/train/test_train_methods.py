@@ -123,12 +123,21 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("method", ["coop", "maple", "outside"])
-def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("coop", ()),
+        ("maple", ()),
+        ("outside", ()),
+        ("coop", ("--optimizer", "adamw", "--label-smoothing", "0.1")),
+    ],
+    ids=["coop", "maple", "outside", "coop-adamw"],
+)
+def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method, options):
     from upt_fast.train import trainer
 
     name = outside if method == "outside" else method
-    assert main(command(data, tmp_path / "whole", name, "--epochs", "4")) == 0
+    assert main(command(data, tmp_path / "whole", name, "--epochs", "4", *options)) == 0
     write = trainer.write_checkpoint
 
     def killed_after_two(run_dir, model, momentum, state, classes):
@@ -139,7 +148,7 @@ def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "write_checkpoint", killed_after_two)
         with pytest.raises(Killed):
-            main(command(data, tmp_path / "cut", name, "--epochs", "4"))
+            main(command(data, tmp_path / "cut", name, "--epochs", "4", *options))
     assert not (tmp_path / "cut" / "results.json").exists()
     assert main(["train", "--config", str(tmp_path / "cut" / "config.json"), "--resume"]) == 0
     whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")

@@ -38,7 +38,6 @@ TEMPORARY_PREFIX = ".tmp-"
 CLASSES_FILE = "classes.json"
 STATE_FILE = "training_state.json"
 TENSORS_FILE = "training_state.safetensors"
-MOMENTUM_PREFIX = "momentum."
 
 
 class SavesPretrained(Protocol):
@@ -100,7 +99,7 @@ def checkpoint_name(epoch: int) -> str:
 def write_checkpoint(
     run_dir: Path,
     model: SavesPretrained,
-    momentum: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
     state: TrainingState,
     classes: dict[str, Any] | None = None,
 ) -> None:
@@ -109,7 +108,7 @@ def write_checkpoint(
     Args:
         run_dir: the run.
         model: what to save.
-        momentum: parameter name -> buffer of the optimizer.
+        optimizer: what it keeps, see train/optimizers.py.
         state: of the training.
         classes: what classes.json holds.
     """
@@ -119,9 +118,8 @@ def write_checkpoint(
     temporary = checkpoints / f"{TEMPORARY_PREFIX}{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    tensors = {MOMENTUM_PREFIX + key: value for key, value in momentum.items()}
     # without tensors and metadata safetensors writes a header that it cannot read
-    save_safetensors(temporary / TENSORS_FILE, tensors, {"format": "pt"})
+    save_safetensors(temporary / TENSORS_FILE, optimizer, {"format": "pt"})
     write_json(temporary / STATE_FILE, asdict(state))
     if classes is not None:
         write_json(temporary / CLASSES_FILE, classes)
@@ -151,7 +149,7 @@ def _tidy(run_dir: Path, state: TrainingState) -> None:
 
 
 def read_checkpoint(run_dir: Path) -> tuple[TrainingState, dict[str, Tensor]] | None:
-    """Training state and momentum buffers of ``last``, or None before the first checkpoint; removes what a kill left.
+    """Training state and optimizer's tensors of ``last``, None before the first checkpoint; removes what a kill left.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -168,9 +166,8 @@ def read_checkpoint(run_dir: Path) -> tuple[TrainingState, dict[str, Tensor]] | 
     except TypeError as error:
         raise ValueError(f"{last / STATE_FILE} is damaged: {error}") from error
     tensors, _ = load_safetensors(last / TENSORS_FILE)
-    momentum = {key.removeprefix(MOMENTUM_PREFIX): value for key, value in tensors.items()}
     _tidy(run_dir, state)
-    return state, momentum
+    return state, tensors
 
 
 def is_run(directory: Path) -> bool:

@@ -86,10 +86,12 @@ class TrainConfig:
     )
     batch_size: int = _option("training images per step", 32)
     test_batch_size: int = _option("images per forward pass of an evaluation", 100)
-    lr: float = _option("learning rate of SGD after the warm-up epoch, before the cosine decay", 0.002)
+    optimizer: Literal["sgd", "adamw"] = _option("sgd, the field's, or adamw with PyTorch's betas", "sgd")
+    lr: float = _option("learning rate after the warm-up epoch, before the cosine decay", 0.002)
     warmup_lr: float = _option("constant learning rate of the first epoch", 1e-5)
     momentum: float = _option("of SGD", 0.9)
-    weight_decay: float = _option("of SGD", 5e-4)
+    weight_decay: float = _option("of the optimizer; AdamW's is apart from the gradient", 5e-4)
+    label_smoothing: float = _option("share of each label's probability that all classes get alike, in [0, 1)", 0.0)
     augment: Literal["standard", "crop", "none"] = _option(
         "training images: standard (random resized crop and flip), crop (without the flip) or none", "standard"
     )
@@ -141,8 +143,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise ValueError(f"{name}={value!r}; wanted a {'positive' if positive else 'non-negative'} number")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum!r}; wanted a number in [0, 1)")
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}; wanted a number in [0, 1)")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 require_choice(name, getattr(self, name), get_args(hint))

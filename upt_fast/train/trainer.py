@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from upt_fast.train.checkpoint import (
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.evaluation import Evaluation, device_of, evaluate, to_device
 from upt_fast.train.interrupt import InterruptBetweenSteps
+from upt_fast.train.optimizers import build_optimizer, restore_state, state_tensors
 from upt_fast.train.recording import (
     Meter,
     TrainingDivergedError,
@@ -51,21 +54,14 @@ class Trainer:
         self.config, self.out, self.model, self.data = config, out, model, data
         self.device = device_of(model)
         self.num_workers = count_workers(config.num_workers, self.device)
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda" and config.cuda_graph,  # which a graph can hold
-        )
-        self.step = model.make_graphed_step(self.optimizer, config.batch_size, capture=config.cuda_graph)
+        self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
+        loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        self.step = model.make_graphed_step(self.optimizer, config.batch_size, loss=loss, capture=config.cuda_graph)
         self.said = NOT_YET  # of why steps run eagerly
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
         if restored := read_checkpoint(out):
-            self.state, momentum = restored
-            for name, parameter in model.named_parameters():
-                if name in momentum:
-                    self.optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter)
+            self.state, tensors = restored
+            restore_state(model, self.optimizer, tensors)
         self.schedule = WarmupCosineLR(
             self.optimizer, config.epochs, config.lr, config.warmup_lr, start_epoch=self.state.epoch
         )
@@ -156,10 +152,6 @@ class Trainer:
         record["seconds"] = round(time.perf_counter() - started, 3)
         # metrics first: a kill between the two leaves a line too many, which resumption removes
         record_epoch(self.out, record, writer)
-        momentum = {
-            name: buffer
-            for name, parameter in self.model.named_parameters()
-            if (buffer := self.optimizer.state[parameter].get("momentum_buffer")) is not None
-        }
-        write_checkpoint(self.out, self.model, momentum, state, self.data.classes.to_dict())
+        tensors = state_tensors(self.model, self.optimizer)
+        write_checkpoint(self.out, self.model, tensors, state, self.data.classes.to_dict())
         self.state = state
