@@ -33,6 +33,8 @@ REQUIRED = {"data": "d", "out": "r", "clip": "tiny-digits"}
         {"warmup_lr": -1.0},
         {"momentum": 1.0},
         {"optimizer": "adam"},
+        {"patience": 0},
+        {"patience": True},
         {"label_smoothing": 1.0},
         {"label_smoothing": -0.1},
         {"weight_decay": -1.0},

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -330,3 +331,42 @@ def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="CUDA device"):
         resolve_device("cuda:99")
+
+
+@pytest.fixture
+def same_accuracy(monkeypatch):
+    """Validation accuracies that never become better than the second."""
+    from upt_fast.train import trainer
+
+    given, seen = trainer.evaluate, []
+
+    def evaluate_as_told(*args, **kwargs):
+        seen.append(given(*args, **kwargs))
+        return replace(seen[-1], accuracy=(0.25, 0.5, 0.5, 0.4)[min(len(seen), 4) - 1])
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate_as_told)
+    return seen
+
+
+def test_patience_ends_a_run(split_data, tmp_path, same_accuracy, caplog):
+    out = tmp_path / "run"
+    values = settings(split_data, out, patience=3, final_model="best")
+    with caplog.at_level("INFO"):
+        results = train(TrainConfig.from_dict(values))
+    assert (results["epochs_done"], results["epoch"], results["best"]["epoch"]) == (5, 2, 2)
+    assert len(same_accuracy) == 5
+    assert "no better validation accuracy for 3 epochs: the run ends after epoch 5" in caplog.text
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 5
+    # it stays ended, also where a kill came before the results
+    with caplog.at_level("INFO"):
+        assert train(TrainConfig.from_dict({**values, "resume": True})) == results
+    assert "is finished: 5 epochs are done" in caplog.text
+    (out / "results.json").unlink()
+    assert train(TrainConfig.from_dict({**values, "resume": True})) == results
+    assert len(same_accuracy) == 5
+
+
+def test_patience_wants_validation_images(flat_data, tmp_path):
+    with pytest.raises(ValueError, match=r"patience=2 wants validation images.*add a val folder"):
+        train(TrainConfig.from_dict(settings(flat_data, tmp_path / "run", patience=2)))
+    assert not (tmp_path / "run").exists()

@@ -84,6 +84,9 @@ class TrainConfig:
         "passes over the training images; UPT's recipe: 50 for ImageNet, 200 for others; others' by --config",
         50,
     )
+    patience: int | None = _option(
+        "end after so many epochs without a better validation accuracy; none: train all epochs", None
+    )
     batch_size: int = _option("training images per step", 32)
     test_batch_size: int = _option("images per forward pass of an evaluation", 100)
     optimizer: Literal["sgd", "adamw"] = _option("sgd, the field's, or adamw with PyTorch's betas", "sgd")
@@ -136,7 +139,7 @@ class TrainConfig:
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):
             require_int(name, getattr(self, name), minimum)
-        for name, minimum in (("num_workers", 0), ("text_batch", 1)):
+        for name, minimum in (("num_workers", 0), ("text_batch", 1), ("patience", 1)):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), minimum)
         for name, positive in (("lr", True), ("warmup_lr", True), ("weight_decay", False), ("cache_gib", False)):

@@ -74,7 +74,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_out(config, out)
     if config.resume and (out / RESULTS_FILE).is_file():
         results: dict[str, Any] = read_json(out / RESULTS_FILE)
-        done = f"{config.epochs} epochs are done" if results["trainable_parameters"] else "nothing was to train"
+        epochs = results.get("epochs_done", config.epochs)  # older runs trained all
+        done = f"{epochs} epochs are done" if results["trainable_parameters"] else "nothing was to train"
         logger.info("%s is finished: %s and evaluated", out, done)
         return results
     device = resolve_device(config.device)
@@ -102,6 +103,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData) -> dict[str, Any]:
+    if config.patience is not None and data.val is None:
+        raise ValueError(
+            f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder with "
+            "class folders, or leave patience out"
+        )
     described = describe_split(data)
     if is_run(out):
         recorded = read_json(out / SPLIT_FILE)
@@ -165,6 +171,7 @@ def _finish(
     results = {
         "evaluated": config.final_model,
         "epoch": epoch,
+        "epochs_done": state.epoch,
         "test_images_from": {"rest": "images that training does not use"}.get(
             data.split.test_name, f"{data.split.test_name} folder"
         )

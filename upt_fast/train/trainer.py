@@ -78,7 +78,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train the epochs that are left."""
-        if self.state.epoch >= self.config.epochs:
+        if self.state.epoch >= self.config.epochs or self._out_of_patience():
             return
         truncate_metrics(self.out, self.state.epoch)
         steps = len(self.sampler)
@@ -107,6 +107,18 @@ class Trainer:
                 interrupt.check()
                 if bar.disable:
                     logger.info("epoch %s", ", ".join(f"{key} {in_short(value)}" for key, value in record.items())[6:])
+                if self._out_of_patience():
+                    break
+
+    def _out_of_patience(self) -> bool:
+        """Whether validation has not become better for as many epochs as the settings allow."""
+        patience, waited = self.config.patience, self.state.epoch - self.state.best_epoch
+        if patience is None or waited < patience:
+            return False
+        logger.info(
+            "no better validation accuracy for %d epochs: the run ends after epoch %d", waited, self.state.epoch
+        )
+        return True
 
     def _train_epoch(
         self, epoch: int, lr: float, bar: tqdm[Any], interrupt: InterruptBetweenSteps
