@@ -55,7 +55,6 @@ class Fp8Weight(NamedTuple):
         by_column, column_scale = quantize_rows(weight.t())
         return cls(by_row, row_scale.t().contiguous(), by_column, column_scale.t().contiguous())
 
-    @property
     def unpacked(self) -> Fp8Weight:
         """It has no plain form."""
         return self

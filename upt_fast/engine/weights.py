@@ -1,7 +1,8 @@
 """The frozen weights of a block, which act themselves: plain, packed for the compiled operations, in float8.
 
 Each kind knows how rows are multiplied with it; BlockWeights is a block of one kind, as views of the buffers in
-towers/blocks.py. A kind is chosen where a tower is built or moved (towers/stacks.py), never in a layer.
+towers/blocks.py. A kind is chosen where a tower is built or moved (towers/stacks.py), never in a layer. They have no
+properties: torch 2.10 cannot compile those of a NamedTuple.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values (..., H, K)
 class Plain(PlainProduct):
     """A frozen weight W (N, K), multiplied by PyTorch."""
 
-    @property
     def unpacked(self) -> Plain:
         """The same, multiplied by PyTorch."""
         return self
@@ -70,18 +70,17 @@ class _WithPlain:
 
     plain: Tensor
 
-    @property
     def unpacked(self) -> Plain:
         """The same, multiplied by PyTorch."""
         return Plain(self.plain)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See upt_fast.engine.ops.linear."""
-        return self.unpacked.linear(x, bias)
+        return self.unpacked().linear(x, bias)
 
     def stream_heads(self, h: Tensor, bias: Tensor, num_heads: int) -> Heads:
         """See :meth:`Plain.stream_heads`."""
-        return self.unpacked.stream_heads(h, bias, num_heads)
+        return self.unpacked().stream_heads(h, bias, num_heads)
 
 
 class Packed(_WithPlain, PackedProduct):
@@ -95,19 +94,19 @@ class Packed(_WithPlain, PackedProduct):
     def residual(self, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
         """See upt_fast.engine.ops.linear_residual."""
         if composing.op_by_op(y):
-            return self.unpacked.residual(x, y, bias)
+            return self.unpacked().residual(x, y, bias)
         return compiled.linear_residual(x, y, self, bias)
 
     def norm_linear(self, x: Tensor, bias: Tensor | None, eps: float, parts: int) -> tuple[Tensor, ...]:
         """See upt_fast.engine.ops.norm_linear."""
         if composing.op_by_op(x) or x.numel() == 0:
-            return self.unpacked.norm_linear(x, bias, eps, parts)
+            return self.unpacked().norm_linear(x, bias, eps, parts)
         return compiled.norm_linear(x, self, bias, eps, parts)
 
     def heads(self, x: Tensor, bias: Tensor, eps: float, num_heads: int, rows: Tensor | None = None) -> Heads:
         """See :meth:`Plain.heads`."""
         if rows is not None:
-            return self.unpacked.heads(x, bias, eps, num_heads, rows)
+            return self.unpacked().heads(x, bias, eps, num_heads, rows)
         return _split(num_heads, *self.norm_linear(x, bias, eps, parts=3))
 
 
@@ -126,7 +125,7 @@ class PackedLast(_WithPlain, _Last):
     def heads(self, x: Tensor, bias: Tensor, eps: float, num_heads: int, rows: Tensor | None = None) -> Heads:
         """See :meth:`Plain.heads`."""
         if rows is None:
-            return self.unpacked.heads(x, bias, eps, num_heads)
+            return self.unpacked().heads(x, bias, eps, num_heads)
         width = x.shape[-1]
         q = ops.linear(ops.layer_norm(rows, eps), self.plain[:width], bias[:width])
         return _split(num_heads, q, *self.kv.norm_linear(x, None, eps, parts=2))
@@ -138,7 +137,6 @@ class Fp8Heads(NamedTuple):
     q: Fp8Weight  # (D, D)
     kv: Fp8Weight  # (2D, D)
 
-    @property
     def unpacked(self) -> Fp8Heads:
         """They have no plain form."""
         return self
@@ -179,14 +177,13 @@ class MLPWeights(NamedTuple):
     def added(self, x: Tensor, recompute: bool = False, workspace: Workspace | None = None, layer: int = 0) -> Tensor:
         """See upt_fast.engine.ops.mlp."""
         if composing.op_by_op(x) or x.numel() == 0:
-            return ops.mlp(x, *self._plain, self.eps, self.activation)
+            return ops.mlp(x, *self._plain(), self.eps, self.activation)
         return MLP.apply(x, self, recompute, workspace, layer)
 
     def of_normed(self, h: Tensor, recompute: bool = False, backend: Asked = TORCH) -> Tensor:
         """See upt_fast.engine.ops.linear_gelu."""
-        return ops.linear_gelu(h, *self._plain, self.activation, recompute, backend)
+        return ops.linear_gelu(h, *self._plain(), self.activation, recompute, backend)
 
-    @property
     def _plain(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.fc.plain, self.fc_bias, self.proj.plain, self.proj_bias
 
@@ -249,7 +246,7 @@ class BlockWeights(NamedTuple):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index)
 
-        plain = self._replace(qkv=self.qkv.unpacked, out=self.out.unpacked)
+        plain = self._replace(qkv=self.qkv.unpacked(), out=self.out.unpacked())
         if memory == "lean" and torch.is_grad_enabled():
             workspace, layer = None, 0  # what it keeps for a layer would outlive the first computation
         return recomputed(memory, x, plain.by_ops, x, attend, memory, workspace, layer)
