@@ -326,11 +326,10 @@ def packed_attention(
     Returns:
         (N, H, K) or (C, H, K), as q.
     """
-    found, dtype = dispatch.find("packed_attention", backend, q, k, v, prefix_k, prefix_v), q.dtype
-    if found is pytorch and composing.autocasts(q.device.type):
-        q, k, v, prefix_k, prefix_v = pytorch.in_float32(q, k, v, prefix_k, prefix_v)
+    found = dispatch.find("packed_attention", backend, q, k, v, prefix_k, prefix_v)
+    if found is pytorch and composing.autocasts(q.device.type):  # its sums are in float32
         with torch.autocast(q.device.type, enabled=False):
-            return packed_attention(q, k, v, prefix_k, prefix_v, layout).to(dtype)
+            return packed_attention(q, k, v, prefix_k, prefix_v, layout)
     return found.packed_attention(q, k, v, prefix_k, prefix_v, layout, tiles)
 
 

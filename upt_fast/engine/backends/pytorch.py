@@ -205,8 +205,7 @@ def packed_attention(
     tiles: PackedTiles | None = None,
 ) -> Tensor:
     """See upt_fast.engine.ops.packed_attention."""
-    last_only, dtype = q.shape[0] != k.shape[0], q.dtype
-    q, k, v, prefix_k, prefix_v = in_float32(q, k, v, prefix_k, prefix_v)
+    last_only = q.shape[0] != k.shape[0]
     attend = functions.packed_attention if composing.composes(q, k, v) else functions.PackedAttention.apply
     outputs, query, row, first = [], 0, 0, 0
     for runs, group in itertools.groupby(layout.sets):  # neighbouring sets with the same runs together
@@ -218,13 +217,7 @@ def packed_attention(
         prefixes = prefix_k[first : first + sets], prefix_v[first : first + sets]
         outputs.append(attend(own_q, own_k, own_v, *prefixes, runs, last_only).flatten(0, 1))
         query, row, first = query + sets * queries, row + sets * rows, first + sets
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
-
-
-def in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, in float32 if one is in half precision: rows of class names are few, and their scores and
-    probabilities stay in float32, as in fused attention."""
-    return tuple(t.float() for t in tensors) if any(t.dtype.itemsize < 4 for t in tensors) else tensors
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def contrastive_loss(
