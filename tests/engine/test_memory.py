@@ -85,6 +85,10 @@ def steps(model, batch, device="cpu"):
         ("vpt_shallow", 20, 24, {"n_ctx": 30}),
         ("maple", 100, 16, {"depth": 3}),
         ("cocoop", 20, 8, {}),
+        ("cocoop", 20, 8, {"dtype": "fp16"}),
+        ("cocoop", 100, 3, {"dtype": "bf16"}),
+        ("coop", 300, 4, {"dtype": "bf16"}),
+        ("maple", 60, 3, {"depth": 3, "dtype": "fp16"}),
     ],
     ids=str,
 )

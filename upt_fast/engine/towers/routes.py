@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from upt_fast.engine import ops
-from upt_fast.engine.backends.dispatch import Asked
+from upt_fast.engine.backends import dispatch, pytorch
+from upt_fast.engine.backends.dispatch import TORCH, Asked
 from upt_fast.engine.towers import prompts
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.prompts import Packed, TextPrompts
@@ -39,12 +40,18 @@ class Route(ABC):
     """See the module.
 
     Attributes:
+        asked: the backends of the operations.
         packs: whether weights may be packed for the compiled operations.
         with_places: whether packed classes need places and tiles.
     """
 
+    asked = TORCH
     packs = True
     with_places = False
+
+    def widens(self, q: Tensor) -> bool:
+        """Whether attention of packed rows like q (., H, K) goes from half precision to float32, as PyTorch's does."""
+        return q.dtype.itemsize < 4 and dispatch.find("packed_attention", self.asked, q) is pytorch
 
     @abstractmethod
     def check_composes(self) -> None:
@@ -277,6 +284,9 @@ class Streams(Route):
 
 class ReservedStreams(Streams):
     """Streams beside xformers: all prompts are rows, put in place."""
+
+    def widens(self, q: Tensor) -> bool:
+        return False
 
     def images(
         self, blocks: FrozenBlocks, x: Tensor, entering: list[Tensor], set_index: Tensor | None, pooled: Pooled

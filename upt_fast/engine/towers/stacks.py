@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upt_fast.clip.frozen import FrozenBlock
 from upt_fast.engine import fp8
+from upt_fast.engine.autograd import functions
 from upt_fast.engine.autograd.attention import CompiledAttention
 from upt_fast.engine.autograd.composing import has_data
 from upt_fast.engine.backends import compiled
@@ -55,6 +56,14 @@ class PlainStack:
         mlp = MLPWeights(fc, blocks.fc_bias[i], proj, blocks.proj_bias[i], blocks.eps_2[i], blocks.activation)
         return BlockWeights(qkv, blocks.qkv_bias[i], out, blocks.out_bias[i], blocks.eps_1[i], blocks.num_heads, mlp)
 
+    def pools(self, blocks: FrozenBlocks) -> bool:
+        """Whether all that a layer works with lies in a pool's blocks: its products take that memory for results."""
+        return blocks.qkv_bias.device.type == "cpu" and blocks.qkv_bias.dtype.itemsize >= 4
+
+    def piece_bytes(self, blocks: FrozenBlocks) -> int:
+        """Most that a product takes beside its result."""
+        return functions.PRODUCT_PIECE_BYTES if functions.takes_onednn(blocks.qkv_bias) else 0
+
     def kv_weight(self, blocks: FrozenBlocks, layers: slice) -> Tensor:
         """(I, 2D, D) of keys and values of I layers."""
         return blocks.qkv_weight[layers, blocks.width :]
@@ -87,6 +96,12 @@ class PackedStack(PlainStack):
         plain, (qkv, out, fc, proj) = super().layer(blocks, i), self.weights[i]
         mlp = MLPWeights(fc, plain.mlp.fc_bias, proj, *plain.mlp[3:])
         return plain._replace(qkv=qkv, out=out, mlp=mlp, attention=self.attention)
+
+    def pools(self, blocks: FrozenBlocks) -> bool:
+        return True
+
+    def piece_bytes(self, blocks: FrozenBlocks) -> int:
+        return 0
 
 
 class Fp8Stack(PlainStack):

@@ -100,7 +100,13 @@ class TextTower(nn.Module):
         own, shared, layers = len(packed.rows), packed.num_shared, self.blocks.num_layers
         depth = layers if depth is None else depth
         rows = [sets * (own + (shared if depth - 1 <= i < layers - 1 else 0)) for i in range(layers)]
-        return tower_need(self.blocks, rows, backward, text=True, constant=not packed.num_inner)
+        heads = self.blocks.qkv_bias.new_empty(1, self.blocks.num_heads, self.blocks.width // self.blocks.num_heads)
+        kind = {"text": True, "constant": not packed.num_inner, "widens": self.route.widens(heads)}
+        lasting, passing = tower_need(self.blocks, rows, backward, **kind)
+        if sets > 1:  # what `repeated` makes and keeps
+            first = 0 if packed.first_qkv is None else packed.first_qkv.nbytes
+            lasting += sets * (packed.rows.nbytes + first)
+        return Need(lasting, passing)
 
     def forward(self, prompts: Tensor | None, packed: Packed) -> Tensor:
         """Features of the classes.
