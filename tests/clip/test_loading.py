@@ -8,7 +8,7 @@ import torch
 
 from upt_fast import FastUPT
 from upt_fast.clip import load_clip
-from upt_fast.clip.loading import TINY_CLIP_NAME
+from upt_fast.clip.tiny_clip import TINY_CLIP_NAME
 from upt_fast.testing import random_clip
 
 CONFIG = {

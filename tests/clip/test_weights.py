@@ -14,7 +14,7 @@ from torch import nn
 
 from upt_fast import FastPromptedCLIP, FastUPT
 from upt_fast.clip import load_clip
-from upt_fast.clip.loading import TINY_CLIP_NAME
+from upt_fast.clip.tiny_clip import TINY_CLIP_NAME
 from upt_fast.clip.torchscript import is_archive, read_archive
 from upt_fast.testing import random_clip
 

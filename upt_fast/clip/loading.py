@@ -19,12 +19,12 @@ from torch import nn
 
 from upt_fast.clip.frozen import FrozenCLIP
 from upt_fast.clip.open_clip import frozen_clip, has_quick_gelu, refuse
+from upt_fast.clip.tiny_clip import TINY_CLIP_NAME, build_tiny_clip, load_tiny_clip, load_tiny_tokenizer
 from upt_fast.clip.tokens import Tokenizer
 from upt_fast.clip.weights import ACTIVATION_TITLES, WeightsFile, load_weights, read_weights
 
 logger = logging.getLogger("upt_fast")
 
-TINY_CLIP_NAME = "tiny-digits"
 PRECISIONS = ("fp32", "fp16", "bf16")
 _SCHEMAS = ("hf-hub:", "local-dir:")
 
@@ -71,8 +71,6 @@ def load_clip(
     if name == TINY_CLIP_NAME:
         if pretrained is not None:
             raise ValueError(f"pretrained={pretrained!r}; {TINY_CLIP_NAME} brings its own weights: leave it out")
-        from upt_fast.clip.tiny_clip import load_tiny_clip
-
         model, tokenizer, preprocess_cfg = load_tiny_clip(precision=precision, device=device)
         if quick_gelu not in (None, has_quick_gelu(model)):
             raise ValueError(f"quick_gelu={quick_gelu}; {TINY_CLIP_NAME} brings its own activation: leave it out")
@@ -104,8 +102,6 @@ def clip_without_weights(name: str) -> tuple[FrozenCLIP, Tokenizer | None]:
         ValueError: no such name, or a CLIP that the engine does not compute.
     """
     if name == TINY_CLIP_NAME:
-        from upt_fast.clip.tiny_clip import build_tiny_clip, load_tiny_tokenizer
-
         with torch.device("meta"):
             tiny = build_tiny_clip()
         return _shapes(tiny), load_tiny_tokenizer()

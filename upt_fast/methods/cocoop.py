@@ -10,7 +10,7 @@ from upt_fast.common.checks import require_int
 from upt_fast.methods.coop import rows_of_words
 from upt_fast.methods.demo import WORDS, DemoSettings
 from upt_fast.methods.method import Method
-from upt_fast.methods.options import MethodConfig, require_words, split_words
+from upt_fast.methods.options import MethodConfig, phrase, require_words, split_words
 from upt_fast.methods.release import Release, ReleasedTensors
 
 
@@ -34,7 +34,7 @@ class CoCoOpConfig(MethodConfig):
     @property
     def prefix(self) -> str | None:
         """The words in front of the class name, or None."""
-        return " ".join(split_words(self.ctx_init)) or None
+        return phrase(self.ctx_init)
 
     @property
     def n_text(self) -> int:

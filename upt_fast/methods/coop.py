@@ -9,7 +9,7 @@ from typing import Any
 from upt_fast.common.checks import require_bool, require_choice, require_int
 from upt_fast.methods.demo import WORDS, DemoSettings
 from upt_fast.methods.method import Method
-from upt_fast.methods.options import CLASS_TOKEN_POSITIONS, MethodConfig, require_words, split_words
+from upt_fast.methods.options import CLASS_TOKEN_POSITIONS, MethodConfig, phrase, require_words, split_words
 from upt_fast.methods.release import Release, ReleasedTensors
 
 
@@ -39,7 +39,7 @@ class CoOpConfig(MethodConfig):
     @property
     def prefix(self) -> str | None:
         """The words in front of the class name, or None."""
-        return " ".join(split_words(self.ctx_init)) or None
+        return phrase(self.ctx_init)
 
     @property
     def n_text(self) -> int:

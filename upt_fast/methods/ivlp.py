@@ -9,7 +9,7 @@ from typing import Any
 from upt_fast.common.checks import require_bool, require_int
 from upt_fast.methods.demo import TEMPLATE, WORDS, DemoSettings
 from upt_fast.methods.method import Method
-from upt_fast.methods.options import MethodConfig, require_depth, require_words, split_words
+from upt_fast.methods.options import MethodConfig, phrase, require_depth, require_words
 from upt_fast.methods.release import Release, ReleasedTensors
 from upt_fast.methods.templates import DEFAULT_TEMPLATE, TemplatesConfig, one_template
 
@@ -48,7 +48,7 @@ class IVLPConfig(MethodConfig):
     @property
     def prefix(self) -> str | None:
         """The words in front of the class name, or None."""
-        return (" ".join(split_words(self.ctx_init)) or None) if self.n_text <= 4 else None
+        return phrase(self.ctx_init) if self.n_text <= 4 else None
 
     def depths(self, text_layers: int, vision_layers: int) -> tuple[int, int]:
         """(depth_text, depth_vision) for towers of so many layers.

@@ -39,6 +39,11 @@ def split_words(phrase: str | None) -> list[str]:
     return (phrase or "").replace("_", " ").split()
 
 
+def phrase(ctx_init: str | None) -> str | None:
+    """The words of an initial phrase with spaces between them, or None."""
+    return " ".join(split_words(ctx_init)) or None
+
+
 def require_depth(name: str, depth: int | None, layers: int, minimum: int = 1) -> int:
     """The depth, None being all layers; a ValueError if the tower has fewer layers."""
     if depth is None:
