@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from upt_fast.model import FastPromptedCLIP, FastUPT
     from upt_fast.prompts import PromptLearner, Prompts
     from upt_fast.reference import ReferencePromptedCLIP, ReferenceUPT
+    from upt_fast.tasks.joint import MultiTask
 
 __all__ = [
     "FastPromptedCLIP",
     "FastUPT",
     "MethodConfig",
+    "MultiTask",
     "PromptLearner",
     "Prompts",
     "ReferencePromptedCLIP",
@@ -35,6 +37,7 @@ _HOMES = {
     "FastPromptedCLIP": "upt_fast.model",
     "FastUPT": "upt_fast.model",
     "MethodConfig": "upt_fast.methods",
+    "MultiTask": "upt_fast.tasks.joint",
     "PromptLearner": "upt_fast.prompts",
     "Prompts": "upt_fast.prompts",
     "ReferencePromptedCLIP": "upt_fast.reference",

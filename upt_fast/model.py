@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from upt_fast.common.checks import require_choice, require_int
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.graphs import GraphedStep
-from upt_fast.engine.memory import peak
+from upt_fast.engine.memory import Need, peak
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
-from upt_fast.methods import MAIN_METHOD, MethodConfig, find_method, make_config
+from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method, make_config
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
 from upt_fast.saving import SavedWithCLIP, use_released_names
@@ -86,7 +85,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         if text_batch is not None:
             require_int("text_batch", text_batch, 1)
         found = find_method(method)
-        self.method, self.config = found.name, make_config(found, config, options)
+        config = make_config(found, config, options)  # before the towers are folded
         classnames = list_classnames(classnames)
         clip = frozen_clip(clip_model)
         dtype = clip.dtype if dtype is None else _dtype(dtype)
@@ -98,12 +97,6 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         self.backend = str(self._asked)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
-        self.prompt_learner = found.load()(
-            self.config, LearnerSetting.of(clip, clean_classnames(classnames), tokenizer)
-        )
-        self._loss_terms = found.loss_terms
-        if hasattr(self.prompt_learner, "backend"):
-            object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
         self.text_tower = TextTower(clip.text, dtype, memory, self._asked, self.quantized)
         self.vision_tower = VisionTower(clip.vision, dtype, memory, self._asked, self.quantized)
         # scalars stay in single precision beside half-precision towers, as the learner does
@@ -111,8 +104,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
-        self.prompt_learner.place(clip.device, scalars)
-        use_released_names(self)
+        self._learn(found, config, clean_classnames(classnames))
         self.clip_name: str | None = None
         self.clip_pretrained: str | None = None
         self.clip_quick_gelu = has_quick_gelu(clip)  # for checkpoints: a name alone does not say it
@@ -123,12 +115,47 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         self.set_classnames(classnames)
 
     logit_bias: Tensor | None  # ()
-    text_stream: torch.cuda.Stream | None = None  # upt_fast/engine/graphs.py
 
-    @property
-    def texts_by_image(self) -> bool:
-        """Whether class features depend on the images."""
-        return self.prompt_learner.by_image
+    def _learn(self, method: Method, config: MethodConfig, names: tuple[str, ...]) -> None:
+        """Make the learner, and with it all that is the method's."""
+        self.method, self.config, self._loss_terms = method.name, config, method.loss_terms
+        text, vision = ((tower.blocks.num_layers, tower.blocks.width) for tower in (self.text_tower, self.vision_tower))
+        tokens = self.text_tower.token_embedding, self.text_context, self.tokenizer
+        setting = LearnerSetting.of(text, vision, self.embed_dim, names, *tokens)
+        self.prompt_learner = method.load()(config, setting)
+        self.prompt_learner.place(self.logit_scale.device, self.logit_scale.dtype)
+        if hasattr(self.prompt_learner, "backend"):
+            object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
+        use_released_names(self)
+
+    def sibling(
+        self,
+        classnames: Iterable[str],
+        *,
+        method: str | type[PromptLearner] = MAIN_METHOD,
+        config: MethodConfig | None = None,
+        **options: Any,
+    ) -> FastPromptedCLIP:
+        """A model with a new learner, and classes of its own, on the same frozen towers: moving one moves both.
+
+        :class:`upt_fast.MultiTask` runs the batches of such models through the towers together.
+
+        Args:
+            classnames: as in the constructor, and so are the others.
+        Raises:
+            ValueError: as the constructor.
+        """
+        found, names = find_method(method), list_classnames(classnames)
+        other = FastPromptedCLIP.__new__(FastPromptedCLIP)
+        nn.Module.__init__(other)
+        vars(other).update({name: value for name, value in vars(self).items() if name not in vars(other)})
+        for name in ("logit_scale", "logit_bias"):
+            other.register_buffer(name, getattr(self, name), persistent=False)
+        other.text_tower, other.vision_tower = self.text_tower, self.vision_tower
+        other._learn(found, make_config(found, config, options), clean_classnames(names))
+        other._forget_features()
+        other.set_classnames(names)
+        return other
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         if self.quantized:  # before anything has changed
@@ -146,25 +173,6 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
             (B, e)
         """
         return self._encode_image(images, self._prompts(), normalize)
-
-    def encode_text(self, normalize: bool = True, images: Tensor | None = None) -> Tensor:
-        """Class features; in eval mode without gradients they are kept until a parameter changes.
-
-        Args:
-            normalize: whether to scale each feature to L2 norm 1.
-            images: (B, 3, H, W); read by methods whose texts depend on the image.
-        Returns:
-            (C, e), or (B, C, e) by image.
-        """
-        if not self.texts_by_image:
-            features = self._class_features(None)
-            return F.normalize(features, dim=-1) if normalize else features.clone()  # the cache stays ours
-        if images is None:
-            raise ValueError(f"images=None; the class features of {self.method!r} depend on the image: pass images")
-        text = self.prompt_learner(self.encode_image(images)).text
-        groups = [self.text_tower.for_sets(part, self._classes) for part in text.split(self._group(len(text)))]
-        features = torch.cat(groups)
-        return F.normalize(features, dim=-1) if normalize else features
 
     def prompts(self, images: Tensor | None = None) -> dict[str, Tensor]:
         """The prompts by name, "text_ctx", "visual_ctx", "text_deep.0" and so on; images where they depend on those."""
@@ -188,15 +196,18 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         texts = None
         if self.texts_by_image:
             features = self.encode_image(images)
-            logits = self._logits_by_image(features)
         else:
             prompts = self._prompts()
             with self._beside_images():
                 texts = F.normalize(self._class_features(prompts), dim=-1)
             features = self._encode_image(images, prompts)
             self._join_texts()
-            logits = self.logit_scale.exp() * features @ texts.t()
-        return (logits if self.logit_bias is None else logits + self.logit_bias), features, texts
+        return self._logits(features, texts), features, texts
+
+    def _logits(self, features: Tensor, texts: Tensor | None) -> Tensor:
+        """(B, C) of normalised features (B, e) and (C, e), or None by image."""
+        logits = self._logits_by_image(features) if texts is None else self.logit_scale.exp() * features @ texts.t()
+        return logits if self.logit_bias is None else logits + self.logit_bias
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of :meth:`forward`'s logits, and what the method adds to it.
@@ -230,18 +241,26 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         Returns:
             the loss (), and the logits (B, C), float32 (float64 in a float64 CLIP).
         """
-        scalars = self.logit_scale.dtype
         if self._loss_terms is None:
-            logits = self(images).to(scalars)
+            logits = self(images).to(self.logit_scale.dtype)
             return loss(logits, labels), logits
         logits, features, texts = self._logits_and_features(images)
-        logits = logits.to(scalars)
+        logits = logits.to(self.logit_scale.dtype)
+        return self._with_terms(loss(logits, labels), logits, labels, images, features, texts), logits
+
+    def _with_terms(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, images: Tensor, features: Tensor, texts: Tensor | None
+    ) -> Tensor:
+        """The loss () and what the method adds to it; the others are those of one batch."""
+        if self._loss_terms is None:
+            return loss
+        scalars = self.logit_scale.dtype
 
         def fixed_images() -> Tensor:
             with torch.no_grad():
                 return self._encode_image(images, Prompts()).to(scalars)
 
-        terms = self._loss_terms(
+        return loss + self._loss_terms(
             self.prompt_learner,
             Features(
                 images=features.to(scalars),
@@ -252,7 +271,6 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
                 fixed_texts=lambda templates: self.fixed_text_features(templates).to(scalars),
             ),
         )
-        return loss(logits, labels) + terms, logits
 
     def predict_peak_memory(self, batch_size: int) -> int:
         """Bytes that a training step is going to need at its peak, beside the weights and the images.
@@ -265,6 +283,10 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         Raises:
             ValueError: batch_size below 1.
         """
+        return peak(*self.step_needs(batch_size))
+
+    def step_needs(self, batch_size: int) -> tuple[Need, ...]:
+        """What :meth:`predict_peak_memory` adds up, of each tower that works in a step."""
         require_int("batch_size", batch_size, 1)
         learner, features = self.prompt_learner, self.logit_scale.new_zeros(1, self.embed_dim)
         with torch.enable_grad():
@@ -273,11 +295,9 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         length, depth = (0, 1) if visual is None else (visual.shape[2], visual.shape[1])
         vision = self.vision_tower.need(batch_size, length, depth, grads[1])
         if learner.templates is not None:
-            return peak(vision)
+            return (vision,)
         sets = min(self._group(batch_size), batch_size) if learner.by_image else 1
-        return peak(
-            vision, self.text_tower.need(self._classes, grads[0], sets, None if text is None else text.shape[1])
-        )
+        return vision, self.text_tower.need(self._classes, grads[0], sets, None if text is None else text.shape[1])
 
     def make_graphed_step(
         self,
@@ -314,32 +334,22 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         """
         return GraphedStep(self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture)
 
-    @contextlib.contextmanager
-    def _beside_images(self) -> Iterator[None]:
-        """Run the text tower on a stream of its own, where a captured step asks for it."""
-        if self.text_stream is None:
-            yield
-            return
-        self.text_stream.wait_stream(torch.cuda.current_stream(self.logit_scale.device))
-        with torch.cuda.stream(self.text_stream):
-            yield
-
-    def _join_texts(self) -> None:
-        if self.text_stream is not None:
-            torch.cuda.current_stream(self.logit_scale.device).wait_stream(self.text_stream)
-
     def _prompts(self) -> Prompts:
         """The prompts that do not depend on the image."""
         return Prompts() if self.texts_by_image else self.prompt_learner()
 
     def _encode_image(self, images: Tensor, prompts: Prompts, normalize: bool = True) -> Tensor:
-        visual, set_index = prompts.visual, None
-        if visual is not None and self.prompt_learner.half_prompts:
-            # each image's prompts are rounded on their own, and so are their gradients before they are summed
-            visual = visual.expand(len(images), -1, -1, -1).half()
-            set_index = torch.arange(len(images), device=images.device)
+        visual, set_index = self._visual_prompts(prompts, len(images))
         features = self.vision_tower(images, visual, set_index, self.prompt_learner.visual_after_ln_pre)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _visual_prompts(self, prompts: Prompts, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """The visual prompts as the tower takes them, of one set or of each image; in that case each image's set."""
+        visual = prompts.visual
+        if visual is None or not self.prompt_learner.half_prompts:
+            return visual, None
+        # each image's prompts are rounded on their own, and so are their gradients before they are summed
+        return visual.expand(batch, -1, -1, -1).half(), torch.arange(batch, device=visual.device)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -355,14 +365,9 @@ class FastUPT(FastPromptedCLIP):
     """Unified Prompt Tuning (arXiv 2210.07225) on the fast engine; swaps in for :class:`ReferenceUPT`.
 
     Args:
-        clip_model: open_clip ``CLIP`` or ``CustomTextCLIP`` with a ViT and a causal text tower. Left untouched; its
-            weights are copied where folding changes them.
-        classnames: C class names; underscores become spaces.
-        tokenizer: the tokenizer of clip_model; None: CLIP's byte-pair tokenizer.
+        clip_model: open_clip ``CLIP`` or ``CustomTextCLIP`` with a ViT and a causal text tower; like this, classnames,
+            tokenizer, dtype, memory and backend are those of :class:`FastPromptedCLIP`.
         config: all of UPT's options at once, instead of the keywords.
-        dtype: dtype of the frozen towers; None: clip_model's.
-        memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
-        backend: "auto", "torch", "triton", "xformers" or "triton,xformers" (upt_fast/engine/backends/dispatch.py).
         options: the fields of :class:`UPTConfig`: preset, n_text, n_visual, depth_text, depth_vision,
             class_token_position, attention_heads, dropout; transform, shared, joint, layerwise for the ablations.
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,14 @@ class PromptedTexts(nn.Module):
     tokenizer: Tokenizer | None
     text_context: TextContext
     text_batch: int | None
+    encode_image: Callable[..., Tensor]
     logit_scale: Tensor  # ()
+    text_stream: torch.cuda.Stream | None = None  # upt_fast/engine/graphs.py
+
+    @property
+    def texts_by_image(self) -> bool:
+        """Whether class features depend on the images."""
+        return self.prompt_learner.by_image
 
     def set_classnames(self, classnames: Iterable[str]) -> None:
         """Replace the classes; the prompts stay as they are.
@@ -70,17 +77,40 @@ class PromptedTexts(nn.Module):
         assert isinstance(packed, PackedClasses)
         return packed
 
+    def encode_text(self, normalize: bool = True, images: Tensor | None = None) -> Tensor:
+        """Class features; in eval mode without gradients they are kept until a parameter changes.
+
+        Args:
+            normalize: whether to scale each feature to L2 norm 1.
+            images: (B, 3, H, W); read by methods whose texts depend on the image.
+        Returns:
+            (C, e), or (B, C, e) by image.
+        """
+        if not self.texts_by_image:
+            features = self._class_features(None)
+            return F.normalize(features, dim=-1) if normalize else features.clone()  # the cache stays ours
+        if images is None:
+            raise ValueError(f"images=None; the class features of {self.method!r} depend on the image: pass images")
+        text = self.prompt_learner(self.encode_image(images)).text
+        groups = [self.text_tower.for_sets(part, self._classes) for part in text.split(self._group(len(text)))]
+        features = torch.cat(groups)
+        return F.normalize(features, dim=-1) if normalize else features
+
     def _forget_features(self) -> None:
         self._text_cache: tuple[list[Tensor], Tensor] | None = None  # in eval mode, of these parameters
         self._kept_features: dict[tuple[str, ...], Tensor] = {}  # of texts without prompts, by their templates
 
     def _encode_classes(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features, computed now."""
-        text = (self.prompt_learner() if prompts is None else prompts).text
+        return self.text_tower(self._text_prompts(self.prompt_learner() if prompts is None else prompts), self._classes)
+
+    def _text_prompts(self, prompts: Prompts) -> Tensor | None:
+        """The text prompts as the tower takes them: of one set, or of each class."""
+        text = prompts.text
         if text is not None and self.prompt_learner.half_prompts:
             text = text.expand(len(self.classnames), -1, -1, -1)
             text = torch.cat([text[:, :1], text[:, 1:].half().to(text.dtype)], dim=1)
-        return self.text_tower(text, self._classes)
+        return text
 
     def _class_features(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
@@ -126,6 +156,20 @@ class PromptedTexts(nn.Module):
         if not composing.composes():  # what a transform sees is not to be kept
             self._kept_features[templates] = features
         return features
+
+    @contextlib.contextmanager
+    def _beside_images(self) -> Iterator[None]:
+        """Run the text tower on a stream of its own, where a captured step asks for it."""
+        if self.text_stream is None:
+            yield
+            return
+        self.text_stream.wait_stream(torch.cuda.current_stream(self.logit_scale.device))
+        with torch.cuda.stream(self.text_stream):
+            yield
+
+    def _join_texts(self) -> None:
+        if self.text_stream is not None:
+            torch.cuda.current_stream(self.logit_scale.device).wait_stream(self.text_stream)
 
     def _group(self, batch: int) -> int:
         """Images whose texts run at once."""

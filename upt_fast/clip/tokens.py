@@ -32,6 +32,14 @@ class ClassTokens:
     name_lengths: tuple[int, ...]  # tokens of each bare name
     pooled: tuple[int, ...]  # the row that becomes the class's feature
 
+    @classmethod
+    def join(cls, parts: Sequence[ClassTokens]) -> ClassTokens:
+        """The classes of all parts, one after another."""
+        names = tuple(length for part in parts for length in part.name_lengths)
+        pooled = tuple(row for part in parts for row in part.pooled)
+        with real_numbers():
+            return cls(torch.cat([part.ids for part in parts]), names, pooled)
+
 
 def clip_tokenizer() -> Tokenizer:
     """CLIP's byte-pair tokenizer (open_clip's SimpleTokenizer, vocabulary 49408)."""

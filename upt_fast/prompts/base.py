@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from upt_fast.clip.frozen import FrozenCLIP
+from upt_fast.clip.frozen import TextContext
 from upt_fast.clip.tokens import Tokenizer, real_numbers, tokenize_words
 from upt_fast.engine.autograd import composing
 from upt_fast.methods.options import MethodConfig
@@ -69,24 +69,24 @@ class LearnerSetting:
     embed_words: Callable[[str, int], Tensor] | None = None
 
     @classmethod
-    def of(cls, clip: FrozenCLIP, classnames: tuple[str, ...], tokenizer: Tokenizer | None) -> LearnerSetting:
-        """That of a CLIP and its tokenizer, None being CLIP's own."""
+    def of(
+        cls,
+        text: tuple[int, int],
+        vision: tuple[int, int],
+        embed_dim: int,
+        classnames: tuple[str, ...],
+        token_embedding: Tensor,
+        context: TextContext,
+        tokenizer: Tokenizer | None,
+    ) -> LearnerSetting:
+        """That of towers of so many layers and such a width, and of a tokenizer, None being CLIP's own."""
 
         def embed_words(words: str, count: int) -> Tensor:
-            embedding = clip.text.token_embedding
             with real_numbers():
-                ids = tokenize_words(words, count, clip.text.context, tokenizer).tolist()
-            return embedding[torch.tensor(ids, device=embedding.device)]
+                ids = tokenize_words(words, count, context, tokenizer).tolist()
+            return token_embedding[torch.tensor(ids, device=token_embedding.device)]
 
-        return cls(
-            text_layers=len(clip.text.blocks),
-            text_width=clip.text.width,
-            vision_layers=len(clip.vision.blocks),
-            vision_width=clip.vision.width,
-            embed_dim=clip.embed_dim,
-            classnames=classnames,
-            embed_words=embed_words,
-        )
+        return cls(*text, *vision, embed_dim, classnames, embed_words)
 
     def initial_context(self, count: int, words: str | None = None) -> Tensor:
         """(count, d): embeddings of the first tokens of some words, or N(0, 0.02) without words."""

@@ -69,7 +69,7 @@ def step_cost(
         ValueError: the method does not fit this CLIP, or a class name does not.
     """
     with torch.random.fork_rng(devices=()):
-        learner = method.load()(config, _setting(clip, classnames, tokenizer))
+        learner = method.load()(config, _setting(clip, classnames))
     prompts, own = _run_learner(learner, clip.embed_dim, batch_size)
     depth_text, depth_vision = (0 if p is None else p.shape[1] for p in prompts)
     text = _text_cost(clip, prompts, _pack(clip.text, classnames, learner, tokenizer))
@@ -92,10 +92,11 @@ def step_cost(
     )
 
 
-def _setting(clip: FrozenCLIP, classnames: Sequence[str], tokenizer: Tokenizer | None) -> LearnerSetting:
+def _setting(clip: FrozenCLIP, classnames: Sequence[str]) -> LearnerSetting:
     """The CLIP's, with zeros for embeddings of words: the CLIP may be without values."""
-    setting = LearnerSetting.of(clip, clean_classnames(classnames), tokenizer)
-    return dataclasses.replace(setting, embed_words=lambda words, count: torch.zeros(count, clip.text.width))
+    sizes = len(clip.text.blocks), clip.text.width, len(clip.vision.blocks), clip.vision.width
+    names = clean_classnames(classnames)
+    return LearnerSetting(*sizes, clip.embed_dim, names, lambda words, count: torch.zeros(count, clip.text.width))
 
 
 def _run_learner(learner: PromptLearner, embed_dim: int, batch_size: int) -> tuple[Prompts, Flops]:

@@ -45,6 +45,7 @@ class PackedClasses(nn.Module):
         per_class: bool = False,
     ) -> None:
         super().__init__()
+        self.tokens, self.n_text, self.class_token_position = tokens, n_text, class_token_position
         # prompts in front of the name are shared by the classes, unless each has its own; the others are rows of each
         num_before = {"end": n_text, "middle": n_text // 2, "front": 0}[class_token_position]
         self.num_shared = 0 if per_class else num_before

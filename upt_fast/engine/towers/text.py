@@ -8,6 +8,7 @@ only; layer 0's q, k and v of the class rows are constants.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,19 @@ class TextTower(nn.Module):
             first = self.blocks.layer(0)
             packed.first_qkv = torch.stack(first.qkv.heads(packed.rows, first.qkv_bias, first.eps, first.num_heads))
         return packed
+
+    def join(self, packs: Sequence[PackedClasses]) -> PackedClasses:
+        """The classes of several packs of one n_text and position one after another, those of each in a set of its own;
+        where each class has its own prompts, those of all packs in a row."""
+        first = packs[0]
+        sets = [i for i, packed in enumerate(packs) for _ in packed.tokens.pooled]
+        return self.pack(
+            ClassTokens.join([packed.tokens for packed in packs]),
+            first.n_text,
+            first.class_token_position,
+            None if first.per_class else sets,
+            first.per_class,
+        )
 
     def for_sets(self, prompts: Tensor, packed: PackedClasses) -> Tensor:
         """Features (S, C, e) of the same C classes under each of S sets of prompts (S, depth, n_text, d)."""

@@ -1,0 +1,1 @@
+"""Many tasks, of datasets, shots, seeds and methods, on one frozen backbone."""
