@@ -40,6 +40,7 @@ class SavedWithCLIP(nn.Module):
     clip_pretrained: str | None
     clip_quick_gelu: bool | None
     preprocess_cfg: dict[str, Any] | None
+    sibling: Callable[..., SavedWithCLIP]
 
     @classmethod
     def from_loaded(cls: type[Self], clip: LoadedCLIP, classnames: Iterable[str], **options: Any) -> Self:
@@ -76,7 +77,7 @@ class SavedWithCLIP(nn.Module):
         Raises:
             ValueError: unknown model or tag, weights that cannot be had, bad option or class name.
         """
-        clip, options = _load(name, pretrained, precision, device, cache_dir, quick_gelu, options)
+        clip, options = load_for(name, pretrained, precision, device, cache_dir, quick_gelu, options)
         return cls.from_loaded(clip, classnames, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -117,7 +118,8 @@ class SavedWithCLIP(nn.Module):
 
         Args:
             directory: the folder, or the file in it.
-            clip_model: the CLIP it was trained on; None: loaded by the name in the file.
+            clip_model: the CLIP it was trained on, or a model whose sibling it becomes; None: loaded by the name in
+                the file.
             tokenizer: the tokenizer of clip_model.
             classnames: other classes than the saved ones.
             method: the method, where the file's is none of :func:`upt_fast.list_methods`: a file never imports code.
@@ -145,10 +147,13 @@ class SavedWithCLIP(nn.Module):
                 raise ValueError(f"{path} does not say which CLIP it was trained on: pass clip_model and tokenizer")
             name, pretrained = description["clip_name"], description["clip_pretrained"]
             quick_gelu = description.get("clip_quick_gelu")  # older files do not say: the name decides, as it did
-            clip, options = _load(name, pretrained, precision, device, cache_dir, quick_gelu, options)
+            clip, options = load_for(name, pretrained, precision, device, cache_dir, quick_gelu, options)
             model = cls.from_loaded(clip, names, **options)
         else:
-            model = cls(clip_model, names, tokenizer=tokenizer, **options).to(device)
+            if isinstance(clip_model, SavedWithCLIP):
+                model = clip_model.sibling(names, **options)  # type: ignore[assignment]
+            else:
+                model = cls(clip_model, names, tokenizer=tokenizer, **options).to(device)
             _check_activation(path, description.get("clip_quick_gelu"), model.clip_quick_gelu)
             model.clip_name, model.clip_pretrained = description["clip_name"], description["clip_pretrained"]
             model.preprocess_cfg = description["preprocess_cfg"]
@@ -160,7 +165,7 @@ class SavedWithCLIP(nn.Module):
         return model.eval()
 
 
-def _load(
+def load_for(
     name: str,
     pretrained: str | None,
     precision: str,

@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import upt_fast
-from upt_fast.data.duplicates import find_duplicates
-from upt_fast.data.folder import scan_folder
-from upt_fast.data.sampling import few_shot_split
+from upt_fast.data.duplicates import Duplicates, find_duplicates
+from upt_fast.data.folder import FolderListing, scan_folder
+from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.checkpoint import (
@@ -70,78 +71,134 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: bad data, model or option; config.out holds a run already, or with resume none or a different one.
         TrainingDivergedError: the loss or a parameter is NaN or infinite; the last checkpoint is good.
     """
+    if (results := finished(config)) is not None:
+        return results
+    run = Run.prepare(config)
+    with run.opened():
+        run.begin(build_model(config, run.listing.classnames, run.out, resolve_device(config.device)))
+        if run.trainer is not None:
+            run.trainer.fit()
+        return run.finish()
+
+
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """Results of the run, where it is resumed and was finished before.
+
+    Raises:
+        ValueError: there cannot be such a run in its folder.
+    """
     out = Path(config.out)
     check_out(config, out)
-    if config.resume and (out / RESULTS_FILE).is_file():
-        results: dict[str, Any] = read_json(out / RESULTS_FILE)
-        epochs = results.get("epochs_done", config.epochs)  # older runs trained all
-        done = f"{epochs} epochs are done" if results["trainable_parameters"] else "nothing was to train"
-        logger.info("%s is finished: %s and evaluated", out, done)
-        return results
-    device = resolve_device(config.device)
-    listing = scan_folder(config.data, config.classes_from, asked_names(config, out))
-    log_links(listing)
-    split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
-    if len(listing.classnames) < 2:
-        raise ValueError(f"{config.data} has 1 class, {listing.classnames[0]!r}; wanted at least 2 to tell apart")
-    duplicates = find_duplicates(split)
-    log_duplicates(duplicates, config.duplicates == "drop")
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out):
-            if is_run(out) and (out / CHOICES_FILE).is_file():  # older runs have none
-                choices.restore(read_json(out / CHOICES_FILE))
-            model = build_model(config, listing.classnames, out, device)
-            data = load_data(config, model, listing, split, duplicates)
-            return _run(config, out, model, data)
-    finally:
-        if made and not is_run(out):  # refused before anything was trained: leave nothing behind
-            with contextlib.suppress(OSError):
-                (out / LOCK_FILE).unlink(missing_ok=True)
-                out.rmdir()
+    if not config.resume or not (out / RESULTS_FILE).is_file():
+        return None
+    results: dict[str, Any] = read_json(out / RESULTS_FILE)
+    epochs = results.get("epochs_done", config.epochs)  # older runs trained all
+    done = f"{epochs} epochs are done" if results["trainable_parameters"] else "nothing was to train"
+    logger.info("%s is finished: %s and evaluated", out, done)
+    return results
 
 
-def _run(config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData) -> dict[str, Any]:
-    if config.patience is not None and data.val is None:
-        raise ValueError(
-            f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder with "
-            "class folders, or leave patience out"
-        )
-    described = describe_split(data)
-    if is_run(out):
-        recorded = read_json(out / SPLIT_FILE)
-        written = [key for key in described if key in recorded or key not in LATER_KEYS]
-        if changed := [key for key in written if recorded.get(key) != described[key]]:
+@dataclass
+class Run:
+    """A run on its way: prepared without decoding an image, begun with a model, finished with an evaluation.
+
+    Args:
+        config: the settings.
+        out: its folder.
+        listing: the dataset.
+        split: the images of the run.
+        duplicates: images that are there twice.
+    """
+
+    config: TrainConfig
+    out: Path
+    listing: FolderListing
+    split: FewShotSplit
+    duplicates: Duplicates
+    trainer: Trainer | None = None  # None before it is begun, and where there is nothing to train
+    model: FastPromptedCLIP = field(init=False)
+    data: RunData = field(init=False)
+
+    @classmethod
+    def prepare(cls, config: TrainConfig) -> Run:
+        """List the dataset and draw the images of a run that is not :func:`finished`.
+
+        Raises:
+            ValueError: as :func:`train`, but for what only the model or the decoded images show.
+        """
+        resolve_device(config.device)
+        listing = scan_folder(config.data, config.classes_from, asked_names(config, Path(config.out)))
+        log_links(listing)
+        split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
+        if len(listing.classnames) < 2:
+            raise ValueError(f"{config.data} has 1 class, {listing.classnames[0]!r}; wanted at least 2 to tell apart")
+        duplicates = find_duplicates(split)
+        log_duplicates(duplicates, config.duplicates == "drop")
+        return cls(config, Path(config.out), listing, split, duplicates)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The folder, locked against other processes; it goes again if nothing was begun in it."""
+        made = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(self.out):
+                if is_run(self.out) and (self.out / CHOICES_FILE).is_file():  # older runs have none
+                    choices.restore(read_json(self.out / CHOICES_FILE))
+                yield
+        finally:
+            if made and not is_run(self.out):  # refused before anything was trained: leave nothing behind
+                with contextlib.suppress(OSError):
+                    (self.out / LOCK_FILE).unlink(missing_ok=True)
+                    self.out.rmdir()
+
+    def begin(self, model: FastPromptedCLIP) -> None:
+        """Decode the images, write the settings down, and make the trainer."""
+        config, out = self.config, self.out
+        self.model, self.data = model, load_data(config, model, self.listing, self.split, self.duplicates)
+        data = self.data
+        if config.patience is not None and data.val is None:
             raise ValueError(
-                f"cannot resume {out}: the images in {config.data} or their class names changed "
-                f"({', '.join(changed)} differ)"
+                f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder "
+                "with class folders, or leave patience out"
             )
-    else:
-        write_json(out / SPLIT_FILE, described)
-        write_json(out / CHOICES_FILE, choices.record())
-        write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
+        described = describe_split(data)
+        if is_run(out):
+            recorded = read_json(out / SPLIT_FILE)
+            written = [key for key in described if key in recorded or key not in LATER_KEYS]
+            if changed := [key for key in written if recorded.get(key) != described[key]]:
+                raise ValueError(
+                    f"cannot resume {out}: the images in {config.data} or their class names changed "
+                    f"({', '.join(changed)} differ)"
+                )
+        else:
+            write_json(out / SPLIT_FILE, described)
+            write_json(out / CHOICES_FILE, choices.record())
+            write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
+        if not any(True for _ in model.parameters()):
+            logger.info("%s has nothing to train; testing on %d images", config.method, len(data.test))
+            return
+        self.trainer = Trainer(config, out, model, data)
+        if config.resume:
+            logger.info("resuming %s after epoch %d of %d", out, self.trainer.state.epoch, config.epochs)
+        logger.info(
+            "training on %d images of %d classes, %s; testing on %d",
+            len(data.train),
+            len(data.classnames),
+            f"{len(data.val)} for validation" if data.val else "none for validation",
+            len(data.test),
+        )
+        logger.info(
+            "a step of %d images needs about %.2f GiB beside the weights",
+            config.batch_size,
+            model.predict_peak_memory(config.batch_size) / GIB,
+        )
 
-    if not any(True for _ in model.parameters()):
-        logger.info("%s has nothing to train; testing on %d images", config.method, len(data.test))
-        return _finish(config, out, model, _save_untrained(out, model, data), data)
-    trainer = Trainer(config, out, model, data)
-    if config.resume:
-        logger.info("resuming %s after epoch %d of %d", out, trainer.state.epoch, config.epochs)
-    logger.info(
-        "training on %d images of %d classes, %s; testing on %d",
-        len(data.train),
-        len(data.classnames),
-        f"{len(data.val)} for validation" if data.val else "none for validation",
-        len(data.test),
-    )
-    logger.info(
-        "a step of %d images needs about %.2f GiB beside the weights",
-        config.batch_size,
-        model.predict_peak_memory(config.batch_size) / GIB,
-    )
-    trainer.fit()
-    return _finish(config, out, model, trainer.state, data)
+    def finish(self) -> dict[str, Any]:
+        """Evaluate on the test images and write the results."""
+        trainer = self.trainer
+        state = _save_untrained(self.out, self.model, self.data) if trainer is None else trainer.state
+        return _finish(self.config, self.out, self.model, state, self.data)
 
 
 def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> TrainingState:
@@ -159,7 +216,7 @@ def _finish(
     device, epoch = device_of(model), state.epoch
     if config.final_model == "best" and state.best_epoch != epoch:
         epoch = state.best_epoch
-        model = load_model(config, out / "best", device)
+        model = load_model(config, out / "best", device, model)
     workers = count_workers(config.num_workers, device)
     test = evaluate(model, data.test, config.test_batch_size, workers, description="testing", progress=config.progress)
     chosen_by: str = "validation accuracy"

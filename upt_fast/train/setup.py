@@ -20,6 +20,7 @@ from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit
 from upt_fast.data.transforms import build_augmentation, build_eval_transform
 from upt_fast.model import FastPromptedCLIP
+from upt_fast.saving import load_for
 from upt_fast.train.checkpoint import LOCK_FILE, is_run, read_json
 from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
@@ -91,31 +92,44 @@ def asked_names(config: TrainConfig, out: Path) -> str | None:
     return config.classnames
 
 
-def build_model(config: TrainConfig, classnames: Sequence[str], out: Path, device: torch.device) -> FastPromptedCLIP:
-    """The model that the run trains: as in its last checkpoint, else new."""
+def build_model(
+    config: TrainConfig,
+    classnames: Sequence[str],
+    out: Path,
+    device: torch.device,
+    beside: FastPromptedCLIP | None = None,
+) -> FastPromptedCLIP:
+    """The model that the run trains: as in its last checkpoint, else new.
+
+    Args:
+        config: the run's.
+        classnames: of its classes.
+        out: its folder.
+        device: where the model goes.
+        beside: a model on the same CLIP, whose sibling it becomes; None: the CLIP is loaded.
+    """
+    method: dict[str, Any] = {"method": config.method, "config": config.method_config()}
     if os.path.lexists(out / "last"):
-        model = load_model(config, out / "last", device)
-    else:
+        model = load_model(config, out / "last", device, beside)
+    elif beside is not None:
         torch.manual_seed(config.seed)
-        model = FastPromptedCLIP.from_pretrained(
-            config.clip,
-            config.to_dict()["pretrained"],
-            classnames=classnames,
-            method=config.method,
-            config=config.method_config(),
-            precision=config.precision,
-            device=str(device),
-            quick_gelu=config.quick_gelu,
-            memory=config.memory,
-            backend=config.backend,
-            text_batch=config.text_batch,
-        )
+        model = beside.sibling(classnames, **method)
+    else:
+        name, pretrained, quick_gelu = config.clip, config.to_dict()["pretrained"], config.quick_gelu
+        clip, options = load_for(name, pretrained, config.precision, str(device), None, quick_gelu, method)
+        options |= {"memory": config.memory, "backend": config.backend, "text_batch": config.text_batch}
+        torch.manual_seed(config.seed)  # behind the loading, which may draw: a sibling has the same prompts
+        model = FastPromptedCLIP.from_loaded(clip, classnames, **options)
     model.train()
     return model
 
 
-def load_model(config: TrainConfig, folder: Path, device: torch.device) -> FastPromptedCLIP:
-    """A checkpoint's model with the run's options."""
+def load_model(
+    config: TrainConfig, folder: Path, device: torch.device, beside: FastPromptedCLIP | None = None
+) -> FastPromptedCLIP:
+    """A checkpoint's model with the run's options; see :func:`build_model`."""
+    if beside is not None:
+        return FastPromptedCLIP.load(folder, beside, method=config.method)
     return FastPromptedCLIP.load(
         folder,
         method=config.method,

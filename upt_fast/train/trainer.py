@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("upt_fast")
 
+Batch = tuple[Tensor, Tensor]  # (B, 3, H, W) images, normalised, and (B,) labels, on the device
+Result = tuple[Tensor, Tensor]  # the loss () and the logits (B, C) of a step, without gradients
+Steps = Generator[Batch, Result, None]
+
+
+def drive(steps: Steps, step: Callable[[Tensor, Tensor], Result]) -> None:
+    """Take all steps of a trainer, each batch by step(images, labels)."""
+    try:
+        batch = next(steps)
+        while True:
+            batch = steps.send(step(*batch))
+    except StopIteration:
+        return
+
 
 class Trainer:
     """Model, optimizer and the files of a run, at the state of its last checkpoint."""
@@ -55,9 +70,7 @@ class Trainer:
         self.device = device_of(model)
         self.num_workers = count_workers(config.num_workers, self.device)
         self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
-        loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-        self.step = model.make_graphed_step(self.optimizer, config.batch_size, loss=loss, capture=config.cuda_graph)
-        self.said = NOT_YET  # of why steps run eagerly
+        self.loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
         if restored := read_checkpoint(out):
             self.state, tensors = restored
@@ -76,26 +89,49 @@ class Trainer:
         )
         self.normalize = build_normalize(preprocess_cfg(model))
 
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.state.epoch >= self.config.epochs or self._out_of_patience()
+
     def fit(self) -> None:
         """Train the epochs that are left."""
-        if self.state.epoch >= self.config.epochs or self._out_of_patience():
+        config = self.config
+        if self.done:
             return
+        step = self.model.make_graphed_step(
+            self.optimizer, config.batch_size, loss=self.loss, capture=config.cuda_graph
+        )
+        said = NOT_YET  # of why steps run eagerly
+
+        def tell(images: Tensor, labels: Tensor) -> Result:
+            nonlocal said
+            result = step(images, labels)
+            if self.device.type == "cuda" and step.reason != said:
+                said = step.reason
+                logger.info("steps run %s", f"eagerly: {said}" if said else "as a CUDA graph")
+            return result
+
+        per_epoch = len(self.sampler)
+        total, initial = config.epochs * per_epoch, self.state.epoch * per_epoch
+        shown = None if config.progress else True
+        bar = tqdm(total=total, initial=initial, unit="step", disable=shown, smoothing=0.05)
+        with InterruptBetweenSteps() as interrupt, bar:
+            drive(self.steps(bar, interrupt), tell)
+
+    def steps(self, bar: tqdm[Any], interrupt: InterruptBetweenSteps) -> Steps:
+        """The steps that are left: yields each one's batch, and is sent its result once the parameters are updated.
+
+        Random numbers are drawn from torch's default generators, between a batch and the next and by the learner.
+        """
         truncate_metrics(self.out, self.state.epoch)
         steps = len(self.sampler)
-        shown = None if self.config.progress else True
         writer = open_tensorboard(self.out / "tensorboard", self.state.epoch)
-        bar = tqdm(
-            total=self.config.epochs * steps,
-            initial=self.state.epoch * steps,
-            unit="step",
-            disable=shown,
-            smoothing=0.05,
-        )
-        with InterruptBetweenSteps() as interrupt, writer or contextlib.nullcontext(), bar:
+        with writer or contextlib.nullcontext():
             for epoch in range(self.state.epoch, self.config.epochs):
                 started = time.perf_counter()
                 lr = lr_at_epoch(epoch, self.config.epochs, self.config.lr, self.config.warmup_lr)
-                loss, accuracy = self._train_epoch(epoch, lr, bar, interrupt)
+                loss, accuracy = yield from self._train_epoch(epoch, lr, bar, interrupt)
                 record: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, "loss": loss, "accuracy": accuracy}
                 metric = -loss
                 if self.data.val is not None:
@@ -122,17 +158,14 @@ class Trainer:
 
     def _train_epoch(
         self, epoch: int, lr: float, bar: tqdm[Any], interrupt: InterruptBetweenSteps
-    ) -> tuple[float, float]:
+    ) -> Generator[Batch, Result, tuple[float, float]]:
         """One pass over the images; returns mean loss and accuracy of the images seen."""
         torch.manual_seed(derive_seed(self.config.seed, epoch))
         self.sampler.epoch = epoch
         meter = Meter(epoch, lr, bar, self.device)
         self.model.train()
         for step, (images, labels) in enumerate(to_device(self.loader, self.normalize, self.device)):
-            loss, logits = self.step(images, labels)
-            if self.device.type == "cuda" and self.step.reason != self.said:
-                self.said = self.step.reason
-                logger.info("steps run %s", f"eagerly: {self.said}" if self.said else "as a CUDA graph")
+            loss, logits = yield images, labels
             meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
             interrupt.check()
         meter.flush()
