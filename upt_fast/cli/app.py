@@ -18,12 +18,24 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import upt_fast
-from upt_fast.cli import demo, eval, export_checkpoint, import_checkpoint, info, methods, predict, train, verify
+from upt_fast.cli import (
+    demo,
+    eval,
+    export_checkpoint,
+    import_checkpoint,
+    info,
+    methods,
+    predict,
+    train,
+    train_tasks,
+    verify,
+)
 from upt_fast.cli.messages import EXIT_INTERRUPTED, Messages, failure, interrupted, say
 from upt_fast.methods import MAIN_METHOD, Method, find_method
 from upt_fast.train.options import flag, read_train_arguments
 
-# each with HELP, add_options(parser) and run(options); train's options are those of a method too
+# each with HELP, add_options(parser) and run(options); train's options are those of a method too, and train --tasks
+# is train_tasks.py
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "eval": eval,
@@ -52,16 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         command: Namespace = options[options.subcommand]
-        out = command.get("out") if options.subcommand == "train" else None
+        module = COMMANDS[options.subcommand]
+        if "tasks" in command:
+            module, out = train_tasks, None
+        elif options.subcommand == "train":
+            out = command.get("out")
         with Messages(debug):
-            code: int = COMMANDS[options.subcommand].run(command)
+            code: int = module.run(command)
             return code
     except SystemExit as done:  # --help, --version and --print_config
         return done.code if isinstance(done.code, int) else 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             raise
-        return say(interrupted(out), EXIT_INTERRUPTED)
+        return say(f"interrupted; {interrupt}" if str(interrupt) else interrupted(out), EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,18 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> Namespace:
     method = find_method(MAIN_METHOD)
-    if arguments[:1] == ["train"]:
+    commands, jobs = COMMANDS, any(argument.partition("=")[0] == "--tasks" for argument in arguments)
+    if arguments[:1] == ["train"] and jobs:
+        commands = COMMANDS | {"train": train_tasks}
+    elif arguments[:1] == ["train"]:
         arguments, method = read_train_arguments(arguments)
     parser = _parser()
     parsers: dict[str, ArgumentParser] = {}
-    for name, command in COMMANDS.items():
+    for name, command in commands.items():
         parsers[name] = ArgumentParser(description=command.HELP, exit_on_error=False)
-        command.add_options(parsers[name], *([method] if name == "train" else []))
+        command.add_options(parsers[name], *([method] if command is train else []))
         parser.commands.add_subcommand(name, parsers[name], help=command.HELP)
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        if arguments[:1] == ["train"] and (unknown := _unknown_options(str(error))):
+        if commands["train"] is train and arguments[:1] == ["train"] and (unknown := _unknown_options(str(error))):
             raise ValueError(_unknown_message(unknown, method, parsers["train"])) from error
         raise
 

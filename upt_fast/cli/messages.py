@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from upt_fast.train.options import flag
+from upt_fast.train.options import option_error
 
 EXIT_FAILED = 1  # the run went wrong: the loss diverged, or memory ran out
 EXIT_USAGE = 2  # the user can put it right
@@ -63,17 +62,7 @@ def _option_message(message: str, commands: Iterable[str]) -> str:
         message = message.replace(f" {command}.", " --")
     if message.startswith("the following arguments are required: "):
         message = message.replace("_", "-")
-    key = re.fullmatch(r'Parser key "([^"]+)"(?: element \d+)?: *(.*)', message)
-    if key is None:
-        return message
-    option, reason = flag(key[1].rsplit(".", 1)[-1]), key[2]
-    union = re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)", reason)
-    single = re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", reason)
-    got = union or single
-    if got is None:
-        return f"{option}: {reason}"
-    wanted = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*?)\]", lambda kind: kind[1] or kind[2], got[1])
-    return f"{option} {got[2]}: wanted {wanted.replace('NoneType', 'null').replace(', ', ' or ')}"
+    return option_error(message)
 
 
 class Messages(logging.Handler):

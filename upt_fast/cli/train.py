@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
 from upt_fast.methods import Method
-from upt_fast.train.config import TrainConfig, train_fields
-from upt_fast.train.options import add_method_options, flag
+from upt_fast.train.config import TrainConfig
+from upt_fast.train.options import add_run_options
 from upt_fast.train.recipes import list_recipes
 
 HELP = "train prompts on a directory of images"
@@ -25,22 +23,21 @@ def add_options(parser: ArgumentParser, method: Method) -> None:
         action="config",
         help=f"YAML or JSON file of these options, or a recipe by name ({recipes}); later options override it",
     )
-    hints = get_type_hints(TrainConfig)
-    for option in (option for option in fields(TrainConfig) if option.name in train_fields()):
-        settings: dict[str, Any] = {"help": option.metadata["help"]}
-        if option.name == "resume":
-            settings["action"] = "store_true"
-        else:
-            settings["type"] = hints[option.name]
-            settings |= {"required": True} if option.default is MISSING else {"default": option.default}
-        parser.add_argument(flag(option.name), **settings)
-    add_method_options(parser, method)
+    parser.add_argument(
+        "--tasks",
+        type=str | None,
+        default=None,
+        help="instead of all others but --out and --resume: YAML file of many tasks, trained together; see train "
+        "--tasks FILE --help",
+    )
+    add_run_options(parser, method)
 
 
 def run(options: Namespace) -> int:
     """Train, and say how accurate it became."""
     values = options.as_dict()
     values.pop("config", None)
+    values.pop("tasks", None)
     config = TrainConfig.from_dict(values)  # before torch, so that a bad value is told at once
     from upt_fast.train.loop import train
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -182,6 +182,10 @@ class TrainConfig:
         if missing := [name for name in required if name not in self.options]:
             raise ValueError(f"method {method.name!r} needs a value for {', '.join(missing)}")
         return method.config.from_options(self.options)
+
+    def changed(self, **values: Any) -> TrainConfig:
+        """This run with other settings."""
+        return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, flat: the run's settings and, by their names, all of the method's options.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     run = Run.prepare(config)
     with run.opened():
         run.begin(build_model(config, run.listing.classnames, run.out, resolve_device(config.device)))
+        run.describe()
         if run.trainer is not None:
             run.trainer.fit()
         return run.finish()
@@ -120,14 +121,14 @@ class Run:
     data: RunData = field(init=False)
 
     @classmethod
-    def prepare(cls, config: TrainConfig) -> Run:
+    def prepare(cls, config: TrainConfig, scan: Callable[..., FolderListing] = scan_folder) -> Run:
         """List the dataset and draw the images of a run that is not :func:`finished`.
 
         Raises:
             ValueError: as :func:`train`, but for what only the model or the decoded images show.
         """
         resolve_device(config.device)
-        listing = scan_folder(config.data, config.classes_from, asked_names(config, Path(config.out)))
+        listing = scan(config.data, config.classes_from, asked_names(config, Path(config.out)))
         log_links(listing)
         split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
         if len(listing.classnames) < 2:
@@ -152,8 +153,13 @@ class Run:
                     (self.out / LOCK_FILE).unlink(missing_ok=True)
                     self.out.rmdir()
 
-    def begin(self, model: FastPromptedCLIP) -> None:
-        """Decode the images, write the settings down, and make the trainer."""
+    def begin(self, model: FastPromptedCLIP, beside: int = 1) -> None:
+        """Decode the images, write the settings down, and make the trainer.
+
+        Args:
+            model: that of the run.
+            beside: runs that are trained at once, this one with them: each has its share of loader processes.
+        """
         config, out = self.config, self.out
         self.model, self.data = model, load_data(config, model, self.listing, self.split, self.duplicates)
         data = self.data
@@ -176,11 +182,17 @@ class Run:
             write_json(out / CHOICES_FILE, choices.record())
             write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
         if not any(True for _ in model.parameters()):
+            return
+        self.trainer = Trainer(config, out, model, data, beside)
+
+    def describe(self) -> None:
+        """Say what is going to be trained."""
+        config, out, data, trainer = self.config, self.out, self.data, self.trainer
+        if trainer is None:
             logger.info("%s has nothing to train; testing on %d images", config.method, len(data.test))
             return
-        self.trainer = Trainer(config, out, model, data)
         if config.resume:
-            logger.info("resuming %s after epoch %d of %d", out, self.trainer.state.epoch, config.epochs)
+            logger.info("resuming %s after epoch %d of %d", out, trainer.state.epoch, config.epochs)
         logger.info(
             "training on %d images of %d classes, %s; testing on %d",
             len(data.train),
@@ -191,7 +203,7 @@ class Run:
         logger.info(
             "a step of %d images needs about %.2f GiB beside the weights",
             config.batch_size,
-            model.predict_peak_memory(config.batch_size) / GIB,
+            self.model.predict_peak_memory(config.batch_size) / GIB,
         )
 
     def finish(self) -> dict[str, Any]:

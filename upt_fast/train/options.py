@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from upt_fast.methods import BUILTIN_METHODS, MAIN_METHOD, Method, MethodConfig, find_method
-from upt_fast.train.config import check_option_names
+from upt_fast.train.config import TrainConfig, check_option_names, train_fields
 from upt_fast.train.recipes import recipe_path
 
 
@@ -99,6 +99,27 @@ def _list_item(hint: Any) -> tuple[Any, bool]:
     return None, False
 
 
+def option_error(message: str) -> str:
+    """jsonargparse's message on a value, with the option in the place of its parser key."""
+    key = re.fullmatch(r'Parser key "([^"]+)"(?: element \d+)?: *(.*)', message)
+    if key is None:
+        return message
+    option, reason = flag(key[1].rsplit(".", 1)[-1]), key[2]
+    union = re.search(r"Subtypes: \[(.*?)\] Errors:.*Given value: (.*)", reason)
+    single = re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", reason)
+    got = union or single
+    if got is None:
+        return f"{option}: {reason}"
+    wanted = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*?)\]", lambda kind: kind[1] or kind[2], got[1])
+    return f"{option} {got[2]}: wanted {wanted.replace('NoneType', 'null').replace(', ', ' or ')}"
+
+
+def takes_list(config: type[MethodConfig], name: str) -> bool:
+    """Whether an option of a method may be a list."""
+    hint = option_types(config).get(name)
+    return hint is not None and _list_item(hint)[0] is not None
+
+
 def option_types(config: type[MethodConfig]) -> dict[str, Any]:
     """The type of each option of a config class.
 
@@ -110,6 +131,25 @@ def option_types(config: type[MethodConfig]) -> dict[str, Any]:
     except Exception as error:  # annotations of someone else's code raise what they like
         raise ValueError(f"cannot read the types of {config.__name__}: {error}") from error
     return {option.name: hints[option.name] for option in fields(config)}
+
+
+def add_run_options(parser: Any, method: Method) -> None:
+    """Give a parser the settings of a run and the options of its method.
+
+    Args:
+        parser: jsonargparse's.
+        method: the method.
+    """
+    hints = get_type_hints(TrainConfig)
+    for option in (option for option in fields(TrainConfig) if option.name in train_fields()):
+        settings: dict[str, Any] = {"help": option.metadata["help"]}
+        if option.name == "resume":
+            settings["action"] = "store_true"
+        else:
+            settings["type"] = hints[option.name]
+            settings |= {"required": True} if option.default is MISSING else {"default": option.default}
+        parser.add_argument(flag(option.name), **settings)
+    add_method_options(parser, method)
 
 
 def add_method_options(parser: Any, method: Method) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from upt_fast.common.files import write_text
 
@@ -43,7 +42,7 @@ def open_tensorboard(folder: Path, epochs_done: int) -> SummaryWriter | None:
 class Meter:
     """Loss and accuracy of an epoch, read one step late on a GPU: the host never waits for the step in flight."""
 
-    def __init__(self, epoch: int, lr: float, bar: tqdm[Any], device: torch.device) -> None:
+    def __init__(self, epoch: int, lr: float, bar: Any, device: torch.device) -> None:
         self.epoch, self.lr, self.bar = epoch, lr, bar
         self.late = 1 if device.type == "cuda" else 0
         self.pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()

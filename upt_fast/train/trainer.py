@@ -65,10 +65,10 @@ def drive(steps: Steps, step: Callable[[Tensor, Tensor], Result]) -> None:
 class Trainer:
     """Model, optimizer and the files of a run, at the state of its last checkpoint."""
 
-    def __init__(self, config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData) -> None:
+    def __init__(self, config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData, beside: int = 1) -> None:
         self.config, self.out, self.model, self.data = config, out, model, data
         self.device = device_of(model)
-        self.num_workers = count_workers(config.num_workers, self.device)
+        self.num_workers = count_workers(config.num_workers, self.device) // beside
         self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
         self.loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
@@ -119,8 +119,12 @@ class Trainer:
         with InterruptBetweenSteps() as interrupt, bar:
             drive(self.steps(bar, interrupt), tell)
 
-    def steps(self, bar: tqdm[Any], interrupt: InterruptBetweenSteps) -> Steps:
+    def steps(self, bar: Any, interrupt: InterruptBetweenSteps) -> Steps:
         """The steps that are left: yields each one's batch, and is sent its result once the parameters are updated.
+
+        Args:
+            bar: a tqdm, or what has its set_postfix, update and disable.
+            interrupt: checked between steps.
 
         Random numbers are drawn from torch's default generators, between a batch and the next and by the learner.
         """
@@ -157,7 +161,7 @@ class Trainer:
         return True
 
     def _train_epoch(
-        self, epoch: int, lr: float, bar: tqdm[Any], interrupt: InterruptBetweenSteps
+        self, epoch: int, lr: float, bar: Any, interrupt: InterruptBetweenSteps
     ) -> Generator[Batch, Result, tuple[float, float]]:
         """One pass over the images; returns mean loss and accuracy of the images seen."""
         torch.manual_seed(derive_seed(self.config.seed, epoch))
