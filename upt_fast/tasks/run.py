@@ -156,9 +156,9 @@ def train_tasks(
     job.out.mkdir(parents=True, exist_ok=True)
     with locked(job.out), Table([member.row for member in job.members], progress) as table:
         try:
-            for members in _of_one_backbone(job.members):
+            for members in of_one_backbone(job.members):
                 backbone: FastPromptedCLIP | None = None
-                for group in _of_one_shape(members):
+                for group in of_one_shape(members):
                     backbone = _train_groups(job, group, backbone, max_memory, table)
         finally:
             _summarise(job)
@@ -200,11 +200,13 @@ def prepare(tasks: Sequence[Task], out: Path, resume: bool) -> Job:
     return job
 
 
-def _of_one_backbone(members: Sequence[Member]) -> Iterator[list[Member]]:
+def of_one_backbone(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Tasks that can be siblings."""
     return _together(members, lambda member: repr([member.config.to_dict()[name] for name in OF_THE_BACKBONE]))
 
 
-def _of_one_shape(members: Sequence[Member]) -> Iterator[list[Member]]:
+def of_one_shape(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Tasks whose prompts have one shape."""
     return _together(members, lambda member: repr((member.config.method, member.config.method_config())))
 
 
@@ -228,7 +230,7 @@ def _train_groups(
         if any(member.run is not None and member.error is None for member in group):
             backbone = _train_group(job, group, backbone, table)
     while left := [member for member in left if member.error is None and (member.run is not None)]:
-        group, backbone = _fitting(left, backbone, max_memory)
+        group, backbone = fitting(left, backbone, max_memory)
         left = left[len(group) :]
         job.groups.append([member.task.name for member in group])
         job.write()
@@ -249,7 +251,7 @@ def _classnames(member: Member) -> Sequence[str]:
     return names
 
 
-def _fitting(
+def fitting(
     members: Sequence[Member], backbone: FastPromptedCLIP | None, max_memory: int | None
 ) -> tuple[list[Member], FastPromptedCLIP]:
     """The first tasks whose step needs no more memory than there is, at least one."""
@@ -347,7 +349,7 @@ def _step(job: Job, together: MultiTask, sharing: Sequence[Member], step: int) -
     """One step of the tasks that are at it; the others stand in."""
     training = [member.at == step and member.batch is not None for member in sharing]
     batches = [
-        member.batch if real and member.batch is not None else _empty(member)
+        member.batch if real and member.batch is not None else empty_batch(member)
         for member, real in zip(sharing, training, strict=True)
     ]
 
@@ -367,7 +369,8 @@ def _step(job: Job, together: MultiTask, sharing: Sequence[Member], step: int) -
         _advance(job, sharing[i], (found[i][0].detach(), found[i][1].detach()))
 
 
-def _empty(member: Member) -> Batch:
+def empty_batch(member: Member) -> Batch:
+    """A batch of a task's size without images."""
     assert member.model is not None
     device = member.model.logit_scale.device
     size = member.model.vision_tower.image_size

@@ -1,0 +1,134 @@
+"""What a job is going to do, before it does it: ``upt-fast train --tasks FILE --dry-run``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from upt_fast.clip.open_clip import frozen_clip
+from upt_fast.methods import find_method
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.saving import load_for
+from upt_fast.tasks.grid import Task
+from upt_fast.tasks.joint import MultiTask
+from upt_fast.tasks.run import Member, empty_batch, fitting, of_one_backbone, of_one_shape, prepare
+from upt_fast.tools.step_cost import step_cost
+from upt_fast.train.setup import GIB, resolve_device
+
+
+class GroupPlan(NamedTuple):
+    """Tasks that share steps.
+
+    Args:
+        names: of the tasks.
+        method: that they have.
+        steps: until the longest of them ends.
+        images: of a step, while all train.
+        flops: of such a step, forward and backward.
+        memory: bytes that such a step needs beside the weights.
+        seconds: of all steps, expected: of the FLOPs at the speed of a step that was timed.
+    """
+
+    names: tuple[str, ...]
+    method: str
+    steps: int
+    images: int
+    flops: int
+    memory: int
+    seconds: float
+
+
+def plan_tasks(tasks: Sequence[Task], max_memory: int | None = None) -> list[GroupPlan]:
+    """The groups of a job that is begun anew. Loads the CLIPs and times one step of each; decodes no image.
+
+    Args:
+        tasks: as for :func:`upt_fast.tasks.run.train_tasks`.
+        max_memory: as there.
+    Raises:
+        ValueError: as there.
+    """
+    job = prepare(tasks, tasks[0].out, resume=False)
+    plans: list[GroupPlan] = []
+    for members in of_one_backbone(job.members):
+        config = members[0].config
+        device = resolve_device(config.device)
+        loaded, options = load_for(
+            config.clip, config.to_dict()["pretrained"], config.precision, str(device), None, config.quick_gelu, {}
+        )
+        frozen = frozen_clip(loaded.model)
+        backbone: FastPromptedCLIP | None = FastPromptedCLIP.from_loaded(
+            loaded, ["a"], method="zeroshot", memory=config.memory, backend=config.backend, **options
+        )
+        speed: float | None = None
+        for group in of_one_shape(members):
+            left = list(group)
+            while left:
+                chosen, backbone = fitting(left, backbone, max_memory)
+                left = left[len(chosen) :]
+                flops, steps, work = 0, 0, 0
+                for member in chosen:
+                    assert member.run is not None
+                    method, own = find_method(member.config.method), member.config.method_config()
+                    member.size = min(member.config.batch_size, len(member.run.split.train))
+                    names = member.run.listing.classnames
+                    cost = step_cost(frozen, names, method, own, member.size, loaded.tokenizer).engine.total
+                    per_epoch = max(1, len(member.run.split.train) // member.config.batch_size)
+                    trained = any(True for _ in member.model.parameters()) if member.model is not None else False
+                    member.end = member.config.epochs * per_epoch if trained else 0
+                    flops, steps, work = flops + cost, max(steps, member.end), work + cost * member.end
+                together = MultiTask([m.model for m in chosen if m.model is not None])
+                if speed is None and steps:
+                    speed = flops / _seconds(together, chosen)
+                sizes = [member.size for member in chosen]
+                names_of = tuple(member.task.name for member in chosen)
+                memory = together.predict_peak_memory(sizes)
+                seconds = work / speed if speed else 0.0
+                plans.append(GroupPlan(names_of, chosen[0].config.method, steps, sum(sizes), flops, memory, seconds))
+                for member in chosen:
+                    member.model = None
+    return plans
+
+
+def _seconds(together: MultiTask, members: Sequence[Member]) -> float:
+    """Of a step, the second of two."""
+    together.train()
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        found = together.losses([empty_batch(member) for member in members])
+        torch.stack([loss for loss, _ in found]).sum().backward()
+        if together.tasks[0].logit_scale.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        together.zero_grad(set_to_none=True)
+    return seconds
+
+
+def describe(tasks: Sequence[Task], max_memory: int | None = None) -> list[str]:
+    """The plan, a line for each group."""
+    plans = plan_tasks(tasks, max_memory)
+    lines = []
+    for number, plan in enumerate(plans, 1):
+        shown = ", ".join(plan.names[:3]) + (f" and {len(plan.names) - 3} more" if len(plan.names) > 3 else "")
+        lines.append(f"group {number}: {len(plan.names)} task(s) of {plan.method}: {shown}")
+        lines.append(
+            f"    {plan.steps} steps of up to {plan.images} images, {plan.flops / 1e9:.2f} GFLOPs each, "
+            f"{plan.memory / GIB:.2f} GiB beside the weights, about {_time(plan.seconds)}"
+        )
+    total = sum(plan.seconds for plan in plans)
+    folder = Path(tasks[0].out)
+    lines.append(
+        f"{len(tasks)} tasks in {len(plans)} group(s), about {_time(total)} of steps (of one that was timed; images, "
+        f"validation and tests come on top), into {folder}"
+    )
+    return lines
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
