@@ -61,7 +61,7 @@ def changed(picture, name, **fields):
         (replace(HOUSE, arrows=(Arrow("clip", "methods"),)), "clip does not import methods"),
         (changed(HOUSE, "model", area=(210, 290, 600, 352)), "from model to texts is too short"),
         (replace(HOUSE, arrows=(Arrow("train", "prompts"),)), "from train to prompts goes through model"),
-        (replace(HOUSE, arrows=(Arrow("cli", "train", at=230, label="reads them all"),)), "lies on released"),
+        (replace(HOUSE, arrows=(Arrow("cli", "train", at=390, label="reads them all"),)), "lies on released"),
         (replace(HOUSE, boxes=HOUSE.boxes[:-1], arrows=()), "no box for common"),
         (
             replace(DATA_WAY, boxes=(Box("x", (0, 0, 300, 90), "#fff", ("a" * 50,), "x"),), arrows=()),
