@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         command: Namespace = options[options.subcommand]
         module = COMMANDS[options.subcommand]
-        if "tasks" in command:
+        if command.get("tasks") is not None:
             module, out = train_tasks, None
         elif options.subcommand == "train":
             out = command.get("out")

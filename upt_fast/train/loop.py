@@ -121,14 +121,17 @@ class Run:
     data: RunData = field(init=False)
 
     @classmethod
-    def prepare(cls, config: TrainConfig, scan: Callable[..., FolderListing] = scan_folder) -> Run:
+    def prepare(cls, config: TrainConfig, scan: Callable[..., FolderListing] | None = None) -> Run:
         """List the dataset and draw the images of a run that is not :func:`finished`.
 
+        Args:
+            config: the settings.
+            scan: :func:`scan_folder`, or what remembers its results.
         Raises:
             ValueError: as :func:`train`, but for what only the model or the decoded images show.
         """
         resolve_device(config.device)
-        listing = scan(config.data, config.classes_from, asked_names(config, Path(config.out)))
+        listing = (scan or scan_folder)(config.data, config.classes_from, asked_names(config, Path(config.out)))
         log_links(listing)
         split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
         if len(listing.classnames) < 2:
