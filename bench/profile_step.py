@@ -1,7 +1,7 @@
 """Where a training step's time goes on this CPU: ``python bench/profile_step.py [--batch 8] [--classes 100] [--bf16]``.
 
 Prints, for ViT-B/16 with random weights: the rate of the best matrix product measured in the same run; FLOPs
-(tools/flops.py), seconds and rate of a step and of the image tower forward and backward, by the usual ways and by
+(engine/flops.py), seconds and rate of a step and of the image tower forward and backward, by the usual ways and by
 those chosen on this machine (choices.py), taking turns; the share of each kind of operation in one step.
 """
 

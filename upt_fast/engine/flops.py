@@ -8,8 +8,9 @@ and sums. The CLIP is frozen, so that
 
 and backward has them only where prompts stand before the rows. What flash attention computes again is not counted.
 
-The engine's formulas follow towers/routes.py with ``memory="fast"``, the plain ones reference/base.py: all tokens of
-each class and each image, prompts as rows of every sequence. What they are given is read in step_cost.py.
+The engine's formulas follow towers/routes.py with ``memory="fast"``, and ``again`` says what other levels add; the
+plain ones follow reference/base.py: all tokens of each class and each image, prompts as rows of every sequence. What
+they are given is read in tools/step_cost.py and steps/planning.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from upt_fast.clip.frozen import FrozenBlock
-from upt_fast.engine.towers import PackedClasses
+from upt_fast.engine.towers.blocks import FrozenBlocks
+from upt_fast.engine.towers.prompts import Packed
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Blocks:
         hidden, width = blocks[0].fc_weight.shape
         return cls(len(blocks), width, hidden)
 
+    @classmethod
+    def on(cls, blocks: FrozenBlocks) -> Blocks:
+        """Those of a tower."""
+        return cls(blocks.num_layers, blocks.width, blocks.fc_bias.shape[1])
+
+    def again(self, memory: str, rows: int, forward: int) -> int:
+        """What backward computes once more, of so many rows in all layers and such a forward pass, by memory level."""
+        return {"fast": 0, "balanced": linear(rows, self.width, self.hidden, False).forward, "lean": forward}[memory]
+
     def qkv(self, rows: int, grad: bool, matrices: int = 3) -> Flops:
         return linear(rows, self.width, matrices * self.width, grad)
 
@@ -88,7 +99,7 @@ class TextCost:
     """
 
     blocks: Blocks
-    packed: PackedClasses
+    packed: Packed
     length: int
     features: int | None
     depth: int
@@ -126,6 +137,12 @@ class TextCost:
                 pairs = Flops(pairs.forward, 2 * blocks.width * (3 * before + own))
             total += pairs + blocks.finish(queries, grad)
         return total + self._head()
+
+    def again(self, memory: str) -> int:
+        """What a memory level computes once more in backward."""
+        rows = self.packed.layout.num_rows * (self.blocks.layers - 1) + self.packed.layout.num_classes
+        forward = self.on_engine().forward - self._head().forward
+        return self.blocks.again(memory, rows, forward) if self.grad else 0
 
     def plain(self) -> Flops:
         """All rows of all classes."""
@@ -185,6 +202,12 @@ class VisionCost:
                 total += blocks.qkv(queries, varying, 1) + blocks.qkv(rows, varying, 2)
             total += attention(queries * keys, blocks.width, grad) + blocks.finish(queries, grad)
         return total
+
+    def again(self, memory: str) -> int:
+        """What a memory level computes once more in backward."""
+        rows = self.batch_size * (self.rows * (self.blocks.layers - 1) + self.pooled)
+        forward = self.on_engine().forward - self._ends().forward
+        return self.blocks.again(memory, rows, forward) if self.grad else 0
 
     def plain(self) -> Flops:
         """All rows in all layers, prompts among them."""
