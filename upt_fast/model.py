@@ -15,7 +15,6 @@ from upt_fast.common.checks import require_choice, require_int
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.graphs import GraphedStep
-from upt_fast.engine.memory import Need, peak
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
@@ -23,6 +22,7 @@ from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method, mak
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
 from upt_fast.saving import SavedWithCLIP, use_released_names
+from upt_fast.steps import MicroBatches, StepsByPlan
 from upt_fast.texts import PromptedTexts
 
 DTYPES = {
@@ -34,7 +34,7 @@ DTYPES = {
 }
 
 
-class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
+class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
     """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
     Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
@@ -207,6 +207,9 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
     def _logits(self, features: Tensor, texts: Tensor | None) -> Tensor:
         """(B, C) of normalised features (B, e) and (C, e), or None by image."""
         logits = self._logits_by_image(features) if texts is None else self.logit_scale.exp() * features @ texts.t()
+        return self._with_bias(logits)
+
+    def _with_bias(self, logits: Tensor) -> Tensor:
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -246,58 +249,35 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
             return loss(logits, labels), logits
         logits, features, texts = self._logits_and_features(images)
         logits = logits.to(self.logit_scale.dtype)
-        return self._with_terms(loss(logits, labels), logits, labels, images, features, texts), logits
+        return loss(logits, labels) + self._added_terms(images, labels, features, texts, logits), logits
 
-    def _with_terms(
-        self, loss: Tensor, logits: Tensor, labels: Tensor, images: Tensor, features: Tensor, texts: Tensor | None
+    def _added_terms(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        features: Tensor,
+        texts: Tensor | None,
+        logits: Tensor,
+        at_once: int | None = None,
     ) -> Tensor:
-        """The loss () and what the method adds to it; the others are those of one batch."""
-        if self._loss_terms is None:
-            return loss
+        """What the method adds to the loss: (); its images without prompts run at_once images at once."""
         scalars = self.logit_scale.dtype
 
         def fixed_images() -> Tensor:
             with torch.no_grad():
-                return self._encode_image(images, Prompts()).to(scalars)
+                parts = images.split(at_once or len(images))
+                return torch.cat([self._encode_image(part, Prompts()).to(scalars) for part in parts])
 
-        return loss + self._loss_terms(
-            self.prompt_learner,
-            Features(
-                images=features.to(scalars),
-                texts=None if texts is None else texts.to(scalars),
-                logits=logits,
-                labels=labels,
-                fixed_images=fixed_images,
-                fixed_texts=lambda templates: self.fixed_text_features(templates).to(scalars),
-            ),
+        of = Features(
+            images=features.to(scalars),
+            texts=None if texts is None else texts.to(scalars),
+            logits=logits,
+            labels=labels,
+            fixed_images=fixed_images,
+            fixed_texts=lambda templates: self.fixed_text_features(templates).to(scalars),
         )
-
-    def predict_peak_memory(self, batch_size: int) -> int:
-        """Bytes that a training step is going to need at its peak, beside the weights and the images.
-
-        By a formula (engine/memory.py) that holds to within 15 % for tensors alive; what the allocator holds back,
-        and on a GPU the workspaces of its libraries, come on top.
-
-        Args:
-            batch_size: B.
-        Raises:
-            ValueError: batch_size below 1.
-        """
-        return peak(*self.step_needs(batch_size))
-
-    def step_needs(self, batch_size: int) -> tuple[Need, ...]:
-        """What :meth:`predict_peak_memory` adds up, of each tower that works in a step."""
-        require_int("batch_size", batch_size, 1)
-        learner, features = self.prompt_learner, self.logit_scale.new_zeros(1, self.embed_dim)
-        with torch.enable_grad():
-            text, visual = learner(features) if learner.by_image else learner()
-        grads = [p is not None and p.requires_grad for p in (text, visual)]
-        length, depth = (0, 1) if visual is None else (visual.shape[2], visual.shape[1])
-        vision = self.vision_tower.need(batch_size, length, depth, grads[1])
-        if learner.templates is not None:
-            return (vision,)
-        sets = min(self._group(batch_size), batch_size) if learner.by_image else 1
-        return vision, self.text_tower.need(self._classes, grads[0], sets, None if text is None else text.shape[1])
+        assert self._loss_terms is not None
+        return self._loss_terms(self.prompt_learner, of)
 
     def make_graphed_step(
         self,
@@ -309,6 +289,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
         warmup: int = 3,
         two_streams: bool | None = None,
         capture: bool = True,
+        micro_batches: MicroBatches | None = None,
     ) -> GraphedStep:
         """A function that trains on a batch: forward, loss, backward and optimizer in one CUDA graph.
 
@@ -324,6 +305,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
             warmup: steps that run eagerly before the capture, at least 1.
             two_streams: whether to run the text tower beside the image tower; None: whichever is faster.
             capture: False: run every step eagerly.
+            micro_batches: what runs at once, as for :meth:`backward_in_parts`; None: the whole step.
         Raises:
             ValueError: batch_size or warmup below 1.
 
@@ -332,7 +314,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP):
             >>> step = model.make_graphed_step(optimizer, batch_size=32)
             >>> loss, logits = step(images, labels)  # the next step overwrites both
         """
-        return GraphedStep(self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture)
+        return GraphedStep(self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture, micro_batches)
 
     def _prompts(self) -> Prompts:
         """The prompts that do not depend on the image."""

@@ -14,6 +14,7 @@ from upt_fast.clip.frozen import TextContext
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_template
 from upt_fast.engine.autograd import composing
 from upt_fast.engine.towers.packing import PackedClasses
+from upt_fast.engine.towers.prompts import Packed
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.prompts import PromptLearner, Prompts
 
@@ -102,15 +103,15 @@ class PromptedTexts(nn.Module):
 
     def _encode_classes(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features, computed now."""
-        return self.text_tower(self._text_prompts(self.prompt_learner() if prompts is None else prompts), self._classes)
+        text = (self.prompt_learner() if prompts is None else prompts).text
+        return self.text_tower(self._class_prompts(text), self._classes)
 
-    def _text_prompts(self, prompts: Prompts) -> Tensor | None:
-        """The text prompts as the tower takes them: of one set, or of each class."""
-        text = prompts.text
-        if text is not None and self.prompt_learner.half_prompts:
-            text = text.expand(len(self.classnames), -1, -1, -1)
-            text = torch.cat([text[:, :1], text[:, 1:].half().to(text.dtype)], dim=1)
-        return text
+    def _class_prompts(self, text: Tensor | None) -> Tensor | None:
+        """The learner's text prompts as they enter the tower: rounded for each class where the learner asks for it."""
+        if text is None or not self.prompt_learner.half_prompts:
+            return text
+        text = text.expand(len(self.classnames), -1, -1, -1)
+        return torch.cat([text[:, :1], text[:, 1:].half().to(text.dtype)], dim=1)
 
     def _class_features(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features: fixed ones once, others from the cache in eval mode without gradients."""
@@ -196,8 +197,9 @@ class PromptedTexts(nn.Module):
             ]
         )
 
-    def _logits_of_group(self, text: Tensor, image_features: Tensor) -> Tensor:
-        classes = F.normalize(self.text_tower.for_sets(text, self._classes), dim=-1)  # (B, C, e)
+    def _logits_of_group(self, text: Tensor, image_features: Tensor, packed: Packed | None = None) -> Tensor:
+        found = self.text_tower.for_sets(text, self._classes if packed is None else packed)
+        classes = F.normalize(found, dim=-1)  # (B, C, e)
         return torch.matmul(classes, (self.logit_scale.exp() * image_features)[..., None])[..., 0]
 
 

@@ -45,6 +45,16 @@ class Trained(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """What a step minimises, and the logits."""
 
+    def backward_in_parts(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        micro_batches: Any,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        scale: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward, some images and some classes at once; the loss and the logits."""
+
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
@@ -90,12 +100,13 @@ class GraphedStep:
         warmup: int = 3,
         two_streams: bool | None = None,
         capture: bool = True,
+        micro_batches: Any = None,
     ) -> None:
         require_int("batch_size", batch_size, 1)
         require_int("warmup", warmup, 1)
         self.model, self.optimizer, self.batch_size, self.scaler = model, optimizer, batch_size, scaler
         self.loss = F.cross_entropy if loss is None else loss
-        self.warmup, self._asked_streams = warmup, two_streams
+        self.warmup, self._asked_streams, self.micro_batches = warmup, two_streams, micro_batches
         self.optimizer_captured = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         self.two_streams = False
         # for good
@@ -166,6 +177,9 @@ class GraphedStep:
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.micro_batches is not None:
+            scale = None if self.scaler is None else self.scaler.scale
+            return self.model.backward_in_parts(images, labels, self.micro_batches, self.loss, scale)
         loss, logits = self.model.loss_and_logits(images, labels, self.loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach(), logits.detach()
@@ -218,8 +232,8 @@ class GraphedStep:
 
     def _best_graph(self) -> CudaGraph:
         """With the text tower beside the image tower, or behind it, whichever is asked for or faster."""
-        # texts that depend on the image features cannot run beside them
-        ways = [False] if self.model.texts_by_image else [False, True]
+        # texts that depend on the image features cannot run beside them, and in parts all run one after another
+        ways = [False] if self.model.texts_by_image or self.micro_batches is not None else [False, True]
         if self._asked_streams is not None:
             ways = [self._asked_streams and len(ways) > 1]
         found = [(self._record(two_streams), two_streams) for two_streams in ways]

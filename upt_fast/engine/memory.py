@@ -47,6 +47,7 @@ def tower_need(
     text: bool = False,
     constant: bool = False,
     widens: bool = False,
+    memory: str | None = None,
 ) -> Need:
     """Of one pass through a tower and back.
 
@@ -58,17 +59,19 @@ def tower_need(
         text: whether it is the text tower.
         constant: whether the first layer's queries, keys and values are constants.
         widens: whether attention goes from half precision to float32.
+        memory: level; None: that of the blocks.
     """
+    memory = blocks.memory if memory is None else memory
     width, hidden, itemsize = blocks.width, blocks.fc_bias.shape[1], blocks.fc_bias.dtype.itemsize
     most = max(rows)
     if not backward:
         work = most * (hidden + 6 * width) * itemsize
         return Need(work) if blocks.stack.pools(blocks) else Need(passing=work)
     attended = 0 if text else width
-    kept = {"fast": 5 * width + attended + hidden, "balanced": 5 * width + attended, "lean": width}[blocks.memory]
-    again = {"fast": 0, "balanced": hidden, "lean": hidden + 5 * attended}[blocks.memory]
+    kept = {"fast": 5 * width + attended + hidden, "balanced": 5 * width + attended, "lean": width}[memory]
+    again = {"fast": 0, "balanced": hidden, "lean": hidden + 5 * attended}[memory]
     numbers, work = sum(rows[:-1]) * kept, most * (hidden + 3 * width + again)
-    if blocks.memory != "lean":
+    if memory != "lean":
         numbers += key_rows * 2 * width * (len(rows) - 1)
         if constant:
             numbers -= rows[0] * 3 * width
@@ -82,3 +85,8 @@ def tower_need(
 def peak(*towers: Need) -> int:
     """Of towers that work one after another and keep what they have side by side."""
     return sum(need.lasting for need in towers) + max(need.passing for need in towers)
+
+
+def peak_in_turn(*towers: Need) -> int:
+    """Of passes that let go of what they have before the next begins, as those of parts of a step do."""
+    return max(need.lasting + need.passing for need in towers)

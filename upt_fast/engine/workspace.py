@@ -8,6 +8,7 @@ results, live in blocks of a :class:`MemoryPool`; what an op must allocate itsel
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 
@@ -15,6 +16,31 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 1 << 20
+_M_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
+_heap_is_small = False
+
+
+def keep_heap_small() -> bool:
+    """Let this process's C library take blocks of a megabyte and more from the kernel one by one, and give them back.
+
+    Left alone, glibc keeps what was freed, and puts the next parts of a step beside it where they do not fit: up to
+    twice the memory that is alive. To be called before a model is built, for what the heap has it fills first.
+
+    Returns:
+        whether the C library does so: glibc's does.
+    """
+    global _heap_is_small
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    _heap_is_small = bool(mallopt(_M_MMAP_THRESHOLD, PIECE_BYTES))
+    return _heap_is_small
+
+
+def heap_is_small() -> bool:
+    """Whether :func:`keep_heap_small` was called, and did something."""
+    return _heap_is_small
 
 
 class MemoryPool:

@@ -19,6 +19,7 @@ from upt_fast.engine.memory import peak
 from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.prompts import Prompts
+from upt_fast.steps.planning import Step
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, C) and labels (B,)
 
@@ -97,13 +98,15 @@ class MultiTask(nn.Module):
         for i, (model, (images, labels)) in enumerate(zip(tasks, batches, strict=True)):
             logits = model._logits(features[i], texts[i]).to(model.logit_scale.dtype)
             loss = (F.cross_entropy if losses is None else losses[i])(logits, labels)
-            found.append((model._with_terms(loss, logits, labels, images, features[i], texts[i]), logits))
+            if model._loss_terms is not None:
+                loss = loss + model._added_terms(images, labels, features[i], texts[i], logits)
+            found.append((loss, logits))
         return found
 
     def predict_peak_memory(self, batch_sizes: Sequence[int]) -> int:
         """Bytes that a step of so many images of each task needs at its peak; see
         :meth:`FastPromptedCLIP.predict_peak_memory`."""
-        needs = [model.step_needs(size) for model, size in zip(self.tasks, batch_sizes, strict=True)]
+        needs = [Step(model, size).needs() for model, size in zip(self.tasks, batch_sizes, strict=True)]
         return peak(*[need for task in needs for need in task])
 
     def _texts(self, prompts: Sequence[Prompts]) -> list[Tensor | None]:
@@ -122,7 +125,7 @@ class MultiTask(nn.Module):
             key = depth, packed.n_text, packed.class_token_position, packed.per_class
             calls.setdefault(key, []).append(i)
         for of_call in calls.values():
-            sets = [s for s in (self.tasks[i]._text_prompts(prompts[i]) for i in of_call) if s is not None]
+            sets = [s for s in (self.tasks[i]._class_prompts(prompts[i].text) for i in of_call) if s is not None]
             joined = torch.cat(sets) if sets else None
             features = F.normalize(self.tasks[0].text_tower(joined, self._joined(of_call)), dim=-1)
             parts = features.split([len(self.tasks[i].classnames) for i in of_call])

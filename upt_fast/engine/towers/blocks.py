@@ -111,9 +111,13 @@ class FrozenBlocks(nn.Module):
         """Call layer(*args), recomputed in backward where ``memory="lean"`` asks for it."""
         return recomputed(self.memory, self.qkv_bias, layer, *args)
 
+    def release(self) -> None:
+        """Let go of the memory that passes reuse."""
+        self._pool.clear()
+
     def train(self, mode: bool = True) -> FrozenBlocks:
-        if not mode:
-            self._pool.clear()
+        if not mode or not self.training:  # evaluation's memory is of other sizes than training's
+            self.release()
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:

@@ -132,43 +132,12 @@ class PackedClasses(nn.Module):
             return self
         # a compiled graph keeps them; what a transform sees is not to be kept
         if torch.compiler.is_compiling() or composing.composes(self.rows):
-            return self._repeat(sets, with_places)
+            return _repeat(self, sets, with_places)
         if sets not in self._repeated:
             if len(self._repeated) > 1:
                 del self._repeated[next(iter(self._repeated))]
-            self._repeated[sets] = self._repeat(sets, with_places)
+            self._repeated[sets] = _repeat(self, sets, with_places)
         return self._repeated[sets]
-
-    def _repeat(self, sets: int, with_places: bool) -> RepeatedClasses:
-        num_rows, num_classes = len(self.rows), len(self.last_rows)
-
-        def offset(index: Tensor, step: int) -> Tensor:
-            steps = step * torch.arange(sets, device=index.device).view(-1, *[1] * index.ndim)
-            return (index + steps).flatten(0, 1)
-
-        layout = PackedLayout(self.layout.sets * sets)
-        places = tiles = None
-        if with_places:
-            of = BufferPlaces.of(layout, 1 + self.num_shared)
-            places = BufferPlaces(*(t.to(self.rows.device) for t in of))
-            tiles = PackedTiles.of(layout, 1 + self.num_shared).to(self.rows.device)
-        return RepeatedClasses(
-            layout=layout,
-            num_shared=self.num_shared,
-            num_inner=self.num_inner,
-            rows=self.rows.repeat(sets, 1),
-            last_rows=offset(self.last_rows, num_rows),
-            inner_rows=offset(self.inner_rows, num_rows),
-            inner_sets=offset(self.inner_sets, 1),
-            inverse=offset(self.inverse, num_classes),
-            sos=self.sos,
-            prompt_positions=self.prompt_positions,
-            sos_kv=self.sos_kv,
-            # layer 0 is computed for one set and shared by all
-            first_qkv=None if self.first_qkv is None else self.first_qkv.repeat(1, sets, 1, 1),
-            places=places,
-            tiles=tiles,
-        )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         self._repeated.clear()
@@ -195,3 +164,39 @@ class RepeatedClasses(NamedTuple):
     first_qkv: Tensor | None
     places: BufferPlaces | None
     tiles: PackedTiles | None
+
+    def repeated(self, sets: int, with_places: bool) -> RepeatedClasses:
+        """The same once for each of several prompt sets, set by set; nothing is kept."""
+        return self if sets == 1 else _repeat(self, sets, with_places)
+
+
+def _repeat(packed: PackedClasses | RepeatedClasses, sets: int, with_places: bool) -> RepeatedClasses:
+    num_rows, num_classes = len(packed.rows), len(packed.last_rows)
+
+    def offset(index: Tensor, step: int) -> Tensor:
+        steps = step * torch.arange(sets, device=index.device).view(-1, *[1] * index.ndim)
+        return (index + steps).flatten(0, 1)
+
+    layout = PackedLayout(packed.layout.sets * sets)
+    places = tiles = None
+    if with_places:
+        of = BufferPlaces.of(layout, 1 + packed.num_shared)
+        places = BufferPlaces(*(t.to(packed.rows.device) for t in of))
+        tiles = PackedTiles.of(layout, 1 + packed.num_shared).to(packed.rows.device)
+    return RepeatedClasses(
+        layout=layout,
+        num_shared=packed.num_shared,
+        num_inner=packed.num_inner,
+        rows=packed.rows.repeat(sets, 1),
+        last_rows=offset(packed.last_rows, num_rows),
+        inner_rows=offset(packed.inner_rows, num_rows),
+        inner_sets=offset(packed.inner_sets, 1),
+        inverse=offset(packed.inverse, num_classes),
+        sos=packed.sos,
+        prompt_positions=packed.prompt_positions,
+        sos_kv=packed.sos_kv,
+        # layer 0 is computed for one set and shared by all
+        first_qkv=None if packed.first_qkv is None else packed.first_qkv.repeat(1, sets, 1, 1),
+        places=places,
+        tiles=tiles,
+    )

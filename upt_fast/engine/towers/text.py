@@ -97,12 +97,14 @@ class TextTower(nn.Module):
             first.per_class,
         )
 
-    def for_sets(self, prompts: Tensor, packed: PackedClasses) -> Tensor:
+    def for_sets(self, prompts: Tensor, packed: Packed) -> Tensor:
         """Features (S, C, e) of the same C classes under each of S sets of prompts (S, depth, n_text, d)."""
         repeated = packed.repeated(len(prompts), with_places=self.route.with_places)
         return self(prompts, repeated).unflatten(0, (len(prompts), -1))
 
-    def need(self, packed: PackedClasses, backward: bool, sets: int = 1, depth: int | None = None) -> Need:
+    def need(
+        self, packed: Packed, backward: bool, sets: int = 1, depth: int | None = None, memory: str | None = None
+    ) -> Need:
         """Memory of a step's pass; see upt_fast/engine/memory.py.
 
         Args:
@@ -110,13 +112,14 @@ class TextTower(nn.Module):
             backward: whether there is a gradient.
             sets: S sets of prompts for them.
             depth: layers with prompts of their own; None: all.
+            memory: level; None: the tower's.
         """
         own, shared, layers = len(packed.rows), packed.num_shared, self.blocks.num_layers
         depth = layers if depth is None else depth
         rows = [sets * (own + (shared if depth - 1 <= i < layers - 1 else 0)) for i in range(layers)]
         heads = self.blocks.qkv_bias.new_empty(1, self.blocks.num_heads, self.blocks.width // self.blocks.num_heads)
         kind = {"text": True, "constant": not packed.num_inner, "widens": self.route.widens(heads)}
-        lasting, passing = tower_need(self.blocks, rows, backward, **kind)
+        lasting, passing = tower_need(self.blocks, rows, backward, **kind, memory=memory)
         if sets > 1:  # what `repeated` makes and keeps
             first = 0 if packed.first_qkv is None else packed.first_qkv.nbytes
             lasting += sets * (packed.rows.nbytes + first)

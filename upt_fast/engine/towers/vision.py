@@ -121,7 +121,7 @@ class VisionTower(nn.Module):
             return self.head(x[:, 0])
         return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
 
-    def need(self, batch_size: int, length: int, depth: int, backward: bool) -> Need:
+    def need(self, batch_size: int, length: int, depth: int, backward: bool, memory: str | None = None) -> Need:
         """Memory of a step's pass; see upt_fast/engine/memory.py.
 
         Args:
@@ -129,11 +129,13 @@ class VisionTower(nn.Module):
             length: n prompts of an image.
             depth: layers with prompts of their own.
             backward: whether there is a gradient.
+            memory: level; None: the tower's.
         """
         layers, own = self.blocks.num_layers, 1 + len(self.positions)
         replaced = depth if depth >= layers else depth - 1
         rows = [batch_size * (own + (length if i >= replaced else 0)) for i in range(layers)]
-        return tower_need(self.blocks, rows, backward, key_rows=batch_size * length if replaced else 0)
+        key_rows = batch_size * length if replaced else 0
+        return tower_need(self.blocks, rows, backward, key_rows, memory=memory)
 
     def _pooled(self, first_row: int) -> tuple[slice, slice]:
         """Index of the rows that are pooled, of (B, ., w): the class token's, or all patches'."""

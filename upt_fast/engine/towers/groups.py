@@ -1,0 +1,83 @@
+"""Groups of packed classes, which pass the text tower one after another.
+
+A causal text knows no other text, so any group of classes has the features that it has among all. Packed rows are
+sorted by length, so a group is a slice of them: its rows and constants are views, and its classes are about as long.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
+from upt_fast.engine.towers.packing import PackedClasses, RepeatedClasses
+
+
+class ClassGroup(NamedTuple):
+    """Classes first ... end - 1 in packed order, once for each of some prompt sets."""
+
+    first: int
+    end: int
+    packed: RepeatedClasses
+
+
+def bounds(count: int, limit: int) -> list[tuple[int, int]]:
+    """The first and the end of each of the fewest parts of at most limit that make up a count; equal to within one."""
+    parts = max(1, -(-count // limit))
+    ends = [count * (i + 1) // parts for i in range(parts)]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def split(packed: PackedClasses, limit: int, with_places: bool) -> list[ClassGroup]:
+    """All classes in groups of at most limit.
+
+    Args:
+        packed: classes of one set.
+        limit: at least 1.
+        with_places: whether ``places`` and ``tiles`` are needed.
+    """
+    return [
+        ClassGroup(first, end, _cut(packed, first, end, with_places))
+        for first, end in bounds(packed.layout.num_classes, limit)
+    ]
+
+
+def _cut(packed: PackedClasses, first: int, end: int, with_places: bool) -> RepeatedClasses:
+    (runs,) = packed.layout.sets
+    lengths = [length for count, length in runs for _ in range(count)]
+    start, stop = sum(lengths[:first]), sum(lengths[:end])
+    cut: list[tuple[int, int]] = []
+    for length in lengths[first:end]:
+        if cut and cut[-1][1] == length:
+            cut[-1] = (cut[-1][0] + 1, length)
+        else:
+            cut.append((1, length))
+    layout, prefix = PackedLayout((tuple(cut),)), 1 + packed.num_shared
+    places = tiles = None
+    if with_places:
+        places = BufferPlaces(*(t.to(packed.rows.device) for t in BufferPlaces.of(layout, prefix)))
+        tiles = PackedTiles.of(layout, prefix).to(packed.rows.device)
+    order = packed.inverse.new_tensor(range(end - first))
+    return RepeatedClasses(
+        layout=layout,
+        num_shared=packed.num_shared,
+        num_inner=packed.num_inner,
+        rows=packed.rows[start:stop],
+        last_rows=packed.last_rows[first:end] - start,
+        inner_rows=packed.inner_rows[first:end] - start,
+        inner_sets=packed.inner_sets[first:end],  # which prompts each class reads does not change
+        inverse=order,
+        sos=packed.sos,
+        prompt_positions=packed.prompt_positions,
+        sos_kv=packed.sos_kv,
+        first_qkv=None if packed.first_qkv is None else packed.first_qkv[:, start:stop],
+        places=places,
+        tiles=tiles,
+    )
+
+
+def in_given_order(groups: list[Tensor], packed: PackedClasses, dim: int = 0) -> Tensor:
+    """What belongs to the classes of all groups as one tensor; in dimension dim classes come as the user gave them."""
+    return torch.cat(groups, dim).index_select(dim, packed.inverse)
