@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from upt_fast.clip.frozen import TextContext
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames, tokenize_classnames, tokenize_template
 from upt_fast.engine.autograd import composing
+from upt_fast.engine.towers import groups
 from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.engine.towers.prompts import Packed
 from upt_fast.engine.towers.text import TextTower
@@ -33,6 +35,7 @@ class PromptedTexts(nn.Module):
     text_context: TextContext
     text_batch: int | None
     encode_image: Callable[..., Tensor]
+    classes_at_once: int | None = None  # of passes without a graph; a plan sets it (upt_fast/steps)
     logit_scale: Tensor  # ()
     text_stream: torch.cuda.Stream | None = None  # upt_fast/engine/graphs.py
 
@@ -104,7 +107,14 @@ class PromptedTexts(nn.Module):
     def _encode_classes(self, prompts: Prompts | None) -> Tensor:
         """(C, e) class features, computed now."""
         text = (self.prompt_learner() if prompts is None else prompts).text
-        return self.text_tower(self._class_prompts(text), self._classes)
+        return self._in_groups(self._class_prompts(text), self._classes)
+
+    def _in_groups(self, text: Tensor | None, packed: PackedClasses) -> Tensor:
+        """(C, e) features; without a graph no more than classes_at_once pass the tower together."""
+        if self.classes_at_once is None or torch.is_grad_enabled() or composing.composes(packed.rows):
+            return self.text_tower(text, packed)
+        found = groups.split(packed, self.classes_at_once, self.text_tower.route.with_places)
+        return groups.in_given_order([self.text_tower(text, group.packed) for group in found], packed)
 
     def _class_prompts(self, text: Tensor | None) -> Tensor | None:
         """The learner's text prompts as they enter the tower: rounded for each class where the learner asks for it."""
@@ -151,11 +161,13 @@ class PromptedTexts(nn.Module):
         device = self.logit_scale.device.type
         precision = torch.autocast(device, enabled=False) if composing.autocasts(device) else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), precision:
-            packs = self.packed if templates == self.prompt_learner.templates else self._pack_templates(templates)
-            each = [self.text_tower(None, packed) for packed in packs]
+            packs: Any = self.packed if templates == self.prompt_learner.templates else self._pack_templates(templates)
+            each = [self._in_groups(None, packed) for packed in packs]
             features = each[0] if len(each) == 1 else torch.stack([F.normalize(f, dim=-1) for f in each]).mean(0)
         if not composing.composes():  # what a transform sees is not to be kept
             self._kept_features[templates] = features
+        if self.classes_at_once is not None:
+            self.text_tower.blocks.release()
         return features
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ from upt_fast.common.checks import require_int
 from upt_fast.common.sizes import show_bytes
 from upt_fast.engine.flops import Blocks, TextCost, VisionCost
 from upt_fast.engine.memory import Need, peak, peak_in_turn
-from upt_fast.engine.towers import groups
+from upt_fast.engine.towers import PackedClasses, groups
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.workspace import heap_is_small
 from upt_fast.prompts import Prompts
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ROOM_GPU, ROOM, ROOM_HEAP = 1.1, 1.15, 2.0
 FIXED = {"cpu": 32 << 20, "cuda": 64 << 20}  # small tensors and the C library's own; workspaces of a GPU's libraries
 PASS_ROWS = 64  # what a pass costs beside its rows
+WORDS = 8  # rows of a written text beside the class name, where it is not known yet
+MOST_PARTS = 64
 STATES = 3  # of a trained number: its gradient, and what AdamW keeps
 
 
@@ -112,12 +114,28 @@ class Step:
     def text(self, sets: int = 1, classes: int = 0, memory: str | None = None, backward: bool | None = None) -> Need:
         """Bytes of the text tower for a group of classes; 0: all."""
         if not self.has_texts:
-            needs = [self.model.text_tower.need(p, False) for p in self.model.packed]  # type: ignore[arg-type]
-            return max(needs, key=sum)
+            return self._fixed(classes)
         depth = None if self.prompts.text is None else self.prompts.text.shape[1]
         backward = self.text_grad if backward is None else backward
         packed = self._groups(classes)[-1].packed if classes else self.model._classes  # the longest names
         return self.model.text_tower.need(packed, backward, sets, depth, memory)
+
+    def _fixed(self, classes: int) -> Need:
+        """Of texts without prompts, once and without a graph: what a method's terms of the loss read, or its classes.
+
+        Which texts the terms read is known when they do: WORDS rows more than a class has.
+        """
+        tower, packs = self.model.text_tower, list(self.model.packed)
+        per_row = 4 * tower.blocks.width * tower.blocks.qkv_bias.dtype.itemsize  # rows, and q, k, v of the first layer
+        more = 0 if self.learner.templates is not None else WORDS * self.num_classes
+        share = min(1.0, (classes or self.num_classes) / self.num_classes)
+        needs = []
+        for packed in packs:
+            assert isinstance(packed, PackedClasses)
+            need, rows = tower.need(packed, False), packed.layout.num_rows
+            work = int((need.lasting + need.passing) * share * (rows + more) / rows)
+            needs.append(Need(work, more and (rows + more) * per_row))
+        return max(needs, key=sum)
 
     @functools.cache  # noqa: B019  # a step is short-lived
     def _groups(self, classes: int) -> list[groups.ClassGroup]:
@@ -137,19 +155,22 @@ class Step:
 
     def in_parts(self, memory: str, images: int, classes: int) -> int:
         """The same of a step in parts."""
+        fixed = [self._fixed(classes)] if self.model._loss_terms is not None else []
         if not self.has_texts:
-            return max(peak(self.vision(images, memory)), peak_in_turn(self.text()))
+            return max(peak(self.vision(images, memory)), peak_in_turn(self.text(classes=classes)))
         if self.learner.by_image:
             return peak_in_turn(self.vision(images, memory), self.text(images, classes, memory))
         if classes >= self.num_classes:
-            return peak(self.vision(images, memory), self.text(memory=memory))
+            vision, text = self.vision(images, memory), self.text(memory=memory)
+            return max(peak(vision, text), text.lasting + sum(sum(need) for need in fixed))
         forward = self.text(classes=classes, backward=False)
-        return peak_in_turn(self.vision(images, memory), self.text(1, classes, memory), forward)
+        return peak_in_turn(self.vision(images, memory), self.text(1, classes, memory), forward, *fixed)
 
-    def evaluation(self, images: int) -> int:
+    def evaluation(self, images: int, classes: int) -> int:
         """Bytes that a process needs for a forward pass without gradients, images and optimizer included."""
         sets = images if self.learner.by_image else 1
-        alive = peak(self.vision(images, backward=False), self.text(sets, backward=False))
+        text = self.text(sets, 0 if self.learner.by_image else classes, backward=False)
+        alive = peak(self.vision(images, backward=False), text)
         return self.with_room(alive) + images * self._image_bytes()
 
     def _image_bytes(self) -> int:
@@ -231,12 +252,12 @@ def _cost(tower: VisionCost | TextCost, memory: str, anew: bool, times: int = 1)
 
 
 def sizes(count: int) -> Iterator[int]:
-    """Sizes of the parts of a count: all, a half, a third, and so on, later in steps of about a quarter."""
-    parts = 1
-    while parts < count:
+    """Sizes of the parts of a count: all, a half, a third, and so on, later in steps of a third; up to MOST_PARTS."""
+    parts, most = 1, min(count, MOST_PARTS)
+    while parts < most:
         yield -(-count // parts)
-        parts = max(parts + 1, parts * 5 // 4)
-    yield 1
+        parts = max(parts + 1, parts * 4 // 3)
+    yield -(-count // most)
 
 
 def plan(model: FastPromptedCLIP, batch_size: int, max_bytes: int | None = None) -> MemoryPlan:
@@ -247,32 +268,32 @@ def plan(model: FastPromptedCLIP, batch_size: int, max_bytes: int | None = None)
     classes, seen = step.num_classes, []
     fastest = step.flops("fast", batch_size, classes)
     for memory in MEMORY_LEVELS:
-        for at_once in sizes(classes) if step.has_texts else (classes,):
+        for at_once in sizes(classes):
             for images in sizes(batch_size):
-                need = step.with_room(step.in_parts(memory, images, at_once))
+                # an image at a time can be evaluated, too
+                need = max(step.with_room(step.in_parts(memory, images, at_once)), step.evaluation(1, at_once))
                 flops = step.flops(memory, images, at_once)
                 of = (fastest, batch_size, classes, model.texts_by_image)
                 seen.append(MemoryPlan(memory, images, at_once, 1, need, flops, *of))
     fitting = [found for found in seen if max_bytes is None or found.bytes <= max_bytes]
-    evaluation = step.evaluation(1)
-    if not fitting or (max_bytes is not None and evaluation > max_bytes):
+    if not fitting:
         least = min(seen, key=lambda found: found.bytes)
         raise ValueError(
             f"max_memory={show_bytes(max_bytes or 0)} is too little for a step of {batch_size} images and "
-            f"{classes} classes; the smallest that does needs {show_bytes(max(least.bytes, evaluation))} "
+            f"{classes} classes; the smallest that does needs {show_bytes(least.bytes)} "
             f"(memory={least.memory!r}, {least.images} images and {least.classes} classes at once)"
         )
     # the least work; of equal ones the largest parts
     found = min(fitting, key=lambda found: (found.flops, -found.images, -found.classes))
-    return found._replace(test_images=_most(step, max_bytes))
+    return found._replace(test_images=_most(step, found.classes, max_bytes))
 
 
-def _most(step: Step, max_bytes: int | None) -> int:
+def _most(step: Step, classes: int, max_bytes: int | None) -> int:
     """Images of a forward pass without gradients, up to 4096."""
     low, high = 1, 4096
     if max_bytes is None:
         return high
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if step.evaluation(middle) <= max_bytes else (low, middle - 1)
+        low, high = (middle, high) if step.evaluation(middle, classes) <= max_bytes else (low, middle - 1)
     return low

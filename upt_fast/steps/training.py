@@ -24,6 +24,7 @@ class StepsByPlan(nn.Module):
     text_tower: TextTower
     vision_tower: VisionTower
     text_batch: int | None
+    classes_at_once: int | None
     _parts: StepInParts | None = None
 
     def backward_in_parts(
@@ -77,7 +78,8 @@ class StepsByPlan(nn.Module):
         return plan(cast("FastPromptedCLIP", self), batch_size, max_bytes)
 
     def follow_plan(self, plan: MemoryPlan) -> None:
-        """Take a plan's memory level, and let go of the memory of earlier steps."""
+        """Take a plan's memory level and groups of classes, and let go of the memory of earlier steps."""
+        self.classes_at_once = plan.classes
         for tower in (self.text_tower, self.vision_tower):
             tower.blocks.memory = plan.memory
             tower.blocks.release()

@@ -6,6 +6,7 @@ sorted by length, so a group is a slice of them: its rows and constants are view
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -38,23 +39,21 @@ def split(packed: PackedClasses, limit: int, with_places: bool) -> list[ClassGro
         limit: at least 1.
         with_places: whether ``places`` and ``tiles`` are needed.
     """
-    return [
-        ClassGroup(first, end, _cut(packed, first, end, with_places))
-        for first, end in bounds(packed.layout.num_classes, limit)
-    ]
-
-
-def _cut(packed: PackedClasses, first: int, end: int, with_places: bool) -> RepeatedClasses:
     (runs,) = packed.layout.sets
     lengths = [length for count, length in runs for _ in range(count)]
-    start, stop = sum(lengths[:first]), sum(lengths[:end])
-    cut: list[tuple[int, int]] = []
-    for length in lengths[first:end]:
-        if cut and cut[-1][1] == length:
-            cut[-1] = (cut[-1][0] + 1, length)
-        else:
-            cut.append((1, length))
-    layout, prefix = PackedLayout((tuple(cut),)), 1 + packed.num_shared
+    rows = list(itertools.accumulate(lengths, initial=0))
+    found = []
+    for first, end in bounds(len(lengths), limit):
+        layout = PackedLayout((tuple((len(list(n)), length) for length, n in itertools.groupby(lengths[first:end])),))
+        found.append(ClassGroup(first, end, _cut(packed, first, end, rows[first], rows[end], layout, with_places)))
+    return found
+
+
+def _cut(
+    packed: PackedClasses, first: int, end: int, start: int, stop: int, layout: PackedLayout, with_places: bool
+) -> RepeatedClasses:
+    """Classes first ... end - 1, whose rows are start ... stop - 1."""
+    prefix = 1 + packed.num_shared
     places = tiles = None
     if with_places:
         places = BufferPlaces(*(t.to(packed.rows.device) for t in BufferPlaces.of(layout, prefix)))
