@@ -31,6 +31,7 @@ SETTINGS = (
 KERNELS = ("kernels", "engine/test_streams.py")
 NUMERIC = (
     "reference",
+    "steps",
     "engine/test_compose.py",
     "engine/test_cpu_ops.py",
     "engine/test_fp8.py",

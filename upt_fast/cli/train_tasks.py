@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from upt_fast.cli.messages import EXIT_FAILED
+from upt_fast.common.sizes import parse_bytes
 from upt_fast.tasks.grid import read_tasks
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan: groups, steps, FLOPs, memory and time; train nothing"
     )
+    parser.add_argument(
+        "--max-memory",
+        type=str | None,
+        default=None,
+        help="what a step may need beside the weights, such as 8GB: bounds the tasks that share one; none: half of "
+        "what is free",
+    )
     parser.add_argument("--progress", type=bool, default=True, help="show a table of the tasks")
 
 
@@ -39,15 +47,16 @@ def run(options: Namespace) -> int:
     """Train the tasks, and print a line for each."""
     tasks = read_tasks(options.tasks, options.out)  # before torch, so that a bad value is told at once
     out = tasks[0].out
+    max_memory = None if options.max_memory is None else parse_bytes("max_memory", options.max_memory)
     if options.dry_run:
         from upt_fast.tasks.plan import describe
 
-        print("\n".join(describe(tasks)))
+        print("\n".join(describe(tasks, max_memory)))
         return 0
     from upt_fast.tasks.run import train_tasks
 
     try:
-        members = train_tasks(tasks, out, options.resume, progress=options.progress)
+        members = train_tasks(tasks, out, options.resume, max_memory, options.progress)
     except KeyboardInterrupt as interrupt:
         command = f"upt-fast train --tasks {shlex.quote(options.tasks)} --out {shlex.quote(str(out))} --resume"
         raise KeyboardInterrupt(f"continue with: {command}") from interrupt

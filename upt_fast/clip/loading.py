@@ -92,19 +92,29 @@ def load_clip(
 
 
 def clip_without_weights(name: str) -> tuple[FrozenCLIP, Tokenizer | None]:
+    """The description of :func:`model_without_weights`, and its tokenizer.
+
+    Raises:
+        ValueError: no such name, or a CLIP that the engine does not compute.
+    """
+    model, tokenizer = model_without_weights(name)
+    return frozen_clip(model), tokenizer
+
+
+def model_without_weights(name: str) -> tuple[nn.Module, Tokenizer | None]:
     """The shapes of a CLIP that open_clip knows by name, or of "tiny-digits"; nothing is downloaded.
 
     Args:
         name: as for :func:`load_clip`, without names of hubs and folders.
     Returns:
-        The CLIP, its tensors on the meta device; and its tokenizer, None for CLIP's byte-pair tokenizer.
+        The CLIP's model, its weights on the meta device; and its tokenizer, None for CLIP's byte-pair tokenizer.
     Raises:
         ValueError: no such name, or a CLIP that the engine does not compute.
     """
     if name == TINY_CLIP_NAME:
         with torch.device("meta"):
             tiny = build_tiny_clip()
-        return _shapes(tiny), load_tiny_tokenizer()
+        return _with_mask(tiny), load_tiny_tokenizer()
 
     import open_clip
 
@@ -115,16 +125,16 @@ def clip_without_weights(name: str) -> tuple[FrozenCLIP, Tokenizer | None]:
         refuse("text tower", f"HFTextEncoder ({encoder})")
     with torch.device("meta"), _quiet(logging.root):  # about random weights
         model = open_clip.create_model(name, pretrained=None, load_weights=False, device="meta")
-    return _shapes(model), None
+    return _with_mask(model), None
 
 
-def _shapes(model: nn.Module) -> FrozenCLIP:
-    """The description of a model on the meta device."""
+def _with_mask(model: nn.Module) -> nn.Module:
+    """A model on the meta device, but for the mask of its texts."""
     text: Any = getattr(model, "text", model)
     if getattr(text, "attn_mask", None) is not None:  # looked at, to refuse what is not causal
         length = text.attn_mask.shape[0]
         text.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
-    return frozen_clip(model)
+    return model
 
 
 def _create(

@@ -35,7 +35,7 @@ from upt_fast.train.options import add_run_options, option_error, takes_list
 from upt_fast.train.recipes import recipe_path
 
 # what one job decides, not a task
-OF_THE_JOB = ("out", "resume", "progress")
+OF_THE_JOB = ("out", "resume", "progress", "max_memory")
 FIRST_IN_NAMES = ("method", "data", "shots", "seed")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from upt_fast.common.checks import require_choice, require_int
+from upt_fast.common.sizes import parse_bytes
 from upt_fast.data.classnames import FOLDER_NAMES
 from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method
 
@@ -27,6 +28,7 @@ FREE_ON_RESUME = frozenset(
         "backend",
         "memory",
         "text_batch",
+        "max_memory",
         "progress",
         "resume",
     )
@@ -104,6 +106,11 @@ class TrainConfig:
     text_batch: int | None = _option(
         "methods whose texts depend on the image: images whose texts run at once; none: as many as need 512 MiB", None
     )
+    max_memory: str | int | None = _option(
+        "most memory of a step, or of a pass of an evaluation, beside the weights and the cached images: 600MB, 8GB, "
+        "8GiB or bytes. Chooses memory, and how many images and classes run at once; none: no limit",
+        None,
+    )
     backend: str = _option("how operations are computed; auto picks the fastest that runs here", "auto")
     precision: Literal["fp32", "bf16", "fp8"] = _option(
         "of the frozen CLIP; the prompts are trained in float32. fp8 is inexact: bf16 with products in float8", "fp32"
@@ -153,6 +160,13 @@ class TrainConfig:
             if get_origin(hint) is Literal:
                 require_choice(name, getattr(self, name), get_args(hint))
         check_device_name(self.device)
+        if self.max_memory is not None:
+            parse_bytes("max_memory", self.max_memory)
+            if self.memory != "fast" or self.text_batch is not None:
+                raise ValueError(
+                    f"max_memory={self.max_memory!r} with memory={self.memory!r} and text_batch={self.text_batch!r}; "
+                    "it chooses these itself: leave them out, or leave max_memory out"
+                )
         _plain(self.method_config(), self.method)
 
     @classmethod

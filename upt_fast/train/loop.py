@@ -23,6 +23,7 @@ from upt_fast.data.folder import FolderListing, scan_folder
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
+from upt_fast.steps import MemoryPlan
 from upt_fast.train.checkpoint import (
     LOCK_FILE,
     TrainingState,
@@ -48,10 +49,12 @@ from upt_fast.train.setup import (
     check_out,
     count_workers,
     describe_split,
+    evaluation_batch,
     load_data,
     load_model,
     log_duplicates,
     log_links,
+    plan_steps,
     resolve_device,
     without_copies,
 )
@@ -116,6 +119,7 @@ class Run:
     listing: FolderListing
     split: FewShotSplit
     duplicates: Duplicates
+    plan: MemoryPlan | None = None  # None: no limit
     trainer: Trainer | None = None  # None before it is begun, and where there is nothing to train
     model: FastPromptedCLIP = field(init=False)
     data: RunData = field(init=False)
@@ -164,8 +168,8 @@ class Run:
             beside: runs that are trained at once, this one with them: each has its share of loader processes.
         """
         config, out = self.config, self.out
-        self.model, self.data = model, load_data(config, model, self.listing, self.split, self.duplicates)
-        data = self.data
+        self.model, self.plan = model, plan_steps(config, model)
+        self.data = data = load_data(config, model, self.listing, self.split, self.duplicates)
         if config.patience is not None and data.val is None:
             raise ValueError(
                 f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder "
@@ -186,7 +190,7 @@ class Run:
             write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
         if not any(True for _ in model.parameters()):
             return
-        self.trainer = Trainer(config, out, model, data, beside)
+        self.trainer = Trainer(config, out, model, data, self.plan, beside)
 
     def describe(self) -> None:
         """Say what is going to be trained."""
@@ -203,17 +207,18 @@ class Run:
             f"{len(data.val)} for validation" if data.val else "none for validation",
             len(data.test),
         )
-        logger.info(
-            "a step of %d images needs about %.2f GiB beside the weights",
-            config.batch_size,
-            self.model.predict_peak_memory(config.batch_size) / GIB,
-        )
+        if self.plan is None:
+            logger.info(
+                "a step of %d images needs about %.2f GiB beside the weights",
+                config.batch_size,
+                self.model.predict_peak_memory(config.batch_size) / GIB,
+            )
 
     def finish(self) -> dict[str, Any]:
         """Evaluate on the test images and write the results."""
         trainer = self.trainer
         state = _save_untrained(self.out, self.model, self.data) if trainer is None else trainer.state
-        return _finish(self.config, self.out, self.model, state, self.data)
+        return _finish(self.config, self.out, self.model, state, self.data, self.plan)
 
 
 def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> TrainingState:
@@ -226,14 +231,21 @@ def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> Traini
 
 
 def _finish(
-    config: TrainConfig, out: Path, model: FastPromptedCLIP, state: TrainingState, data: RunData
+    config: TrainConfig,
+    out: Path,
+    model: FastPromptedCLIP,
+    state: TrainingState,
+    data: RunData,
+    plan: MemoryPlan | None,
 ) -> dict[str, Any]:
     device, epoch = device_of(model), state.epoch
     if config.final_model == "best" and state.best_epoch != epoch:
         epoch = state.best_epoch
         model = load_model(config, out / "best", device, model)
-    workers = count_workers(config.num_workers, device)
-    test = evaluate(model, data.test, config.test_batch_size, workers, description="testing", progress=config.progress)
+        if plan is not None:
+            model.follow_plan(plan)
+    workers, size = count_workers(config.num_workers, device), evaluation_batch(config, plan)
+    test = evaluate(model, data.test, size, workers, description="testing", progress=config.progress)
     chosen_by: str = "validation accuracy"
     value: float | None = state.best_metric
     if epoch == 0:
@@ -261,6 +273,8 @@ def _finish(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         },
     }
+    if plan is not None:
+        results["memory_plan"] = plan._asdict()
     write_json(out / RESULTS_FILE, results)
     logger.info(
         "test accuracy %.2f %%, mean over classes %.2f %% (%d images, %s model, epoch %d)",

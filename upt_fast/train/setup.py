@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from upt_fast.common.messages import shorten
+from upt_fast.common.sizes import parse_bytes
 from upt_fast.data.classnames import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.duplicates import Duplicates, drop_test_copies
@@ -19,8 +20,10 @@ from upt_fast.data.folder import FolderListing, ImageItem
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit
 from upt_fast.data.transforms import build_augmentation, build_eval_transform
+from upt_fast.engine.workspace import keep_heap_small
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.saving import load_for
+from upt_fast.steps import MemoryPlan
 from upt_fast.train.checkpoint import LOCK_FILE, is_run, read_json
 from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
@@ -108,6 +111,8 @@ def build_model(
         device: where the model goes.
         beside: a model on the same CLIP, whose sibling it becomes; None: the CLIP is loaded.
     """
+    if config.max_memory is not None and device.type == "cpu":
+        keep_heap_small()
     method: dict[str, Any] = {"method": config.method, "config": config.method_config()}
     if os.path.lexists(out / "last"):
         model = load_model(config, out / "last", device, beside)
@@ -139,6 +144,16 @@ def load_model(
         backend=config.backend,
         text_batch=config.text_batch,
     )
+
+
+def plan_steps(config: TrainConfig, model: FastPromptedCLIP) -> MemoryPlan | None:
+    """How steps run where the settings limit their memory; a ValueError where nothing fits. Says it, and sets it up."""
+    if config.max_memory is None:
+        return None
+    plan = model.plan_memory(config.batch_size, parse_bytes("max_memory", config.max_memory))
+    model.follow_plan(plan)
+    logger.info("max_memory %s: %s", config.max_memory, plan.describe())
+    return plan
 
 
 def load_data(
@@ -235,6 +250,11 @@ def count_workers(asked: int | None, device: torch.device) -> int:
     if asked is not None:
         return asked
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def evaluation_batch(config: TrainConfig, plan: MemoryPlan | None) -> int:
+    """Images per forward pass of an evaluation: as asked, but no more than a plan has room for."""
+    return config.test_batch_size if plan is None else min(config.test_batch_size, plan.test_images)
 
 
 def without_copies(copies: int) -> str:

@@ -21,6 +21,7 @@ from upt_fast.data.dataset import EpochBatchSampler, derive_seed
 from upt_fast.data.transforms import build_normalize
 from upt_fast.engine.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
+from upt_fast.steps import MemoryPlan
 from upt_fast.train.checkpoint import (
     TrainingState,
     read_checkpoint,
@@ -40,7 +41,7 @@ from upt_fast.train.recording import (
     truncate_metrics,
 )
 from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
-from upt_fast.train.setup import RunData, count_workers, preprocess_cfg
+from upt_fast.train.setup import RunData, count_workers, evaluation_batch, preprocess_cfg
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -65,8 +66,16 @@ def drive(steps: Steps, step: Callable[[Tensor, Tensor], Result]) -> None:
 class Trainer:
     """Model, optimizer and the files of a run, at the state of its last checkpoint."""
 
-    def __init__(self, config: TrainConfig, out: Path, model: FastPromptedCLIP, data: RunData, beside: int = 1) -> None:
-        self.config, self.out, self.model, self.data = config, out, model, data
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        model: FastPromptedCLIP,
+        data: RunData,
+        plan: MemoryPlan | None = None,
+        beside: int = 1,
+    ) -> None:
+        self.config, self.out, self.model, self.data, self.plan = config, out, model, data, plan
         self.device = device_of(model)
         self.num_workers = count_workers(config.num_workers, self.device) // beside
         self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
@@ -100,7 +109,11 @@ class Trainer:
         if self.done:
             return
         step = self.model.make_graphed_step(
-            self.optimizer, config.batch_size, loss=self.loss, capture=config.cuda_graph
+            self.optimizer,
+            config.batch_size,
+            loss=self.loss,
+            capture=config.cuda_graph,
+            micro_batches=None if self.plan is None else self.plan.micro_batches,
         )
         said = NOT_YET  # of why steps run eagerly
 
@@ -181,10 +194,8 @@ class Trainer:
 
     def _validate(self) -> Evaluation:
         assert self.data.val is not None
-        config = self.config
-        return evaluate(
-            self.model, self.data.val, config.test_batch_size, self.num_workers, "validating", progress=config.progress
-        )
+        size, progress = evaluation_batch(self.config, self.plan), self.config.progress
+        return evaluate(self.model, self.data.val, size, self.num_workers, "validating", progress=progress)
 
     def _end_epoch(
         self, record: dict[str, Any], metric: float, steps: int, started: float, writer: SummaryWriter | None
