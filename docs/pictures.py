@@ -22,7 +22,7 @@ HOUSE = Picture(
         Box("train", (20, 206, 600, 254), GREEN, ("set-up, epochs, recording, evaluation",)),
         Box("testing", (700, 206, 940, 254), GREY, ("shared by tests and bench",), modules=("testing", "testing_ops")),
         Box("model", (210, 290, 600, 338), YELLOW, ("learner and towers: logits, loss",)),
-        Box("texts", (210, 362, 330, 410), YELLOW, ("class features",)),
+        Box("texts", (210, 362, 330, 410), YELLOW, ("features",), modules=("texts", "images")),
         Box("steps", (345, 362, 465, 410), YELLOW, ("in parts",)),
         Box("saving", (480, 362, 600, 410), YELLOW, ("learner files",)),
         Box("prompts", (210, 434, 600, 482), YELLOW, ("the learners: parameters to prompts",)),

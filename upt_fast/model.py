@@ -18,6 +18,7 @@ from upt_fast.engine.graphs import GraphedStep
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
+from upt_fast.images import PromptedImages
 from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method, make_config
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
@@ -34,7 +35,7 @@ DTYPES = {
 }
 
 
-class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
+class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan):
     """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
     Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
@@ -163,44 +164,34 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
         self._forget_features()
         return super()._apply(fn, recurse)
 
-    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """Image features.
-
-        Args:
-            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
-            normalize: whether to scale each feature to L2 norm 1.
-        Returns:
-            (B, e)
-        """
-        return self._encode_image(images, self._prompts(), normalize)
-
     def prompts(self, images: Tensor | None = None) -> dict[str, Tensor]:
         """The prompts by name, "text_ctx", "visual_ctx", "text_deep.0" and so on; images where they depend on those."""
         if images is None or not self.texts_by_image:
             return self.prompt_learner.named_prompts()
         return self.prompt_learner.named_prompts(self.encode_image(images))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None = None, *, image_features: Tensor | None = None) -> Tensor:
         """Logits.
 
         Args:
             images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
+            image_features: (B, e) in the place of the images, where :attr:`images_are_fixed`.
         Returns:
             (B, C): exp(logit_scale) times the cosine of image and class features, plus the CLIP's logit_bias if any.
         """
-        logits, _, _ = self._logits_and_features(images)
+        logits, _, _ = self._logits_and_features(images, image_features)
         return logits
 
-    def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _logits_and_features(self, images: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits (B, C), and the normalised features that they come of: (B, e), and (C, e) or None by image."""
         texts = None
         if self.texts_by_image:
-            features = self.encode_image(images)
+            features = self._image_features(images, given, Prompts())
         else:
             prompts = self._prompts()
             with self._beside_images():
                 texts = F.normalize(self._class_features(prompts), dim=-1)
-            features = self._encode_image(images, prompts)
+            features = self._image_features(images, given, prompts)
             self._join_texts()
         return self._logits(features, texts), features, texts
 
@@ -212,7 +203,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
     def _with_bias(self, logits: Tensor) -> Tensor:
         return logits if self.logit_bias is None else logits + self.logit_bias
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, images: Tensor | None, labels: Tensor, *, image_features: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of :meth:`forward`'s logits, and what the method adds to it.
 
         Where a kernel computes it, and the method adds nothing, no logits are stored.
@@ -220,20 +211,26 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
         Args:
             images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
             labels: (B,) int64, indices of the class names.
+            image_features: see :meth:`forward`.
         Returns:
             (), float32 (float64 in a float64 CLIP).
         """
         if self.texts_by_image or self._loss_terms is not None:
-            return self.loss_and_logits(images, labels)[0]
+            return self.loss_and_logits(images, labels, image_features=image_features)[0]
         prompts = self._prompts()
         with self._beside_images():
             classes = self._class_features(prompts)
-        features = self._encode_image(images, prompts, normalize=False)
+        features = self._image_features(images, image_features, prompts, normalize=False)
         self._join_texts()
         return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self._asked).mean()
 
     def loss_and_logits(
-        self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+        self,
+        images: Tensor | None,
+        labels: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        *,
+        image_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What a training step minimises, and the logits.
 
@@ -241,30 +238,35 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
             images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
             labels: (B,) int64, indices of the class names.
             loss: of logits (B, C) and labels (B,); the method's own terms come on top.
+            image_features: see :meth:`forward`.
         Returns:
             the loss (), and the logits (B, C), float32 (float64 in a float64 CLIP).
         """
         if self._loss_terms is None:
-            logits = self(images).to(self.logit_scale.dtype)
+            logits = self(images, image_features=image_features).to(self.logit_scale.dtype)
             return loss(logits, labels), logits
-        logits, features, texts = self._logits_and_features(images)
+        logits, features, texts = self._logits_and_features(images, image_features)
         logits = logits.to(self.logit_scale.dtype)
-        return loss(logits, labels) + self._added_terms(images, labels, features, texts, logits), logits
+        terms = self._added_terms(images, labels, features, texts, logits, image_features=image_features)
+        return loss(logits, labels) + terms, logits
 
     def _added_terms(
         self,
-        images: Tensor,
+        images: Tensor | None,
         labels: Tensor,
         features: Tensor,
         texts: Tensor | None,
         logits: Tensor,
         at_once: int | None = None,
+        image_features: Tensor | None = None,
     ) -> Tensor:
         """What the method adds to the loss: (); its images without prompts run at_once images at once."""
         scalars = self.logit_scale.dtype
 
         def fixed_images() -> Tensor:
             with torch.no_grad():
+                if images is None:
+                    return self._image_features(images, image_features, Prompts()).to(scalars)
                 parts = images.split(at_once or len(images))
                 return torch.cat([self._encode_image(part, Prompts()).to(scalars) for part in parts])
 
@@ -290,6 +292,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
         two_streams: bool | None = None,
         capture: bool = True,
         micro_batches: MicroBatches | None = None,
+        from_features: bool = False,
     ) -> GraphedStep:
         """A function that trains on a batch: forward, loss, backward and optimizer in one CUDA graph.
 
@@ -306,6 +309,7 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
             two_streams: whether to run the text tower beside the image tower; None: whichever is faster.
             capture: False: run every step eagerly.
             micro_batches: what runs at once, as for :meth:`backward_in_parts`; None: the whole step.
+            from_features: whether the step is called with image features in the place of images.
         Raises:
             ValueError: batch_size or warmup below 1.
 
@@ -314,24 +318,9 @@ class FastPromptedCLIP(PromptedTexts, SavedWithCLIP, StepsByPlan):
             >>> step = model.make_graphed_step(optimizer, batch_size=32)
             >>> loss, logits = step(images, labels)  # the next step overwrites both
         """
-        return GraphedStep(self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture, micro_batches)
-
-    def _prompts(self) -> Prompts:
-        """The prompts that do not depend on the image."""
-        return Prompts() if self.texts_by_image else self.prompt_learner()
-
-    def _encode_image(self, images: Tensor, prompts: Prompts, normalize: bool = True) -> Tensor:
-        visual, set_index = self._visual_prompts(prompts, len(images))
-        features = self.vision_tower(images, visual, set_index, self.prompt_learner.visual_after_ln_pre)
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def _visual_prompts(self, prompts: Prompts, batch: int) -> tuple[Tensor | None, Tensor | None]:
-        """The visual prompts as the tower takes them, of one set or of each image; in that case each image's set."""
-        visual = prompts.visual
-        if visual is None or not self.prompt_learner.half_prompts:
-            return visual, None
-        # each image's prompts are rounded on their own, and so are their gradients before they are summed
-        return visual.expand(batch, -1, -1, -1).half(), torch.arange(batch, device=visual.device)
+        return GraphedStep(
+            self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture, micro_batches, from_features
+        )
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -41,7 +41,12 @@ class Trained(Protocol):
         """Whether class features depend on the images, so that the towers cannot run side by side."""
 
     def loss_and_logits(
-        self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+        self,
+        images: Tensor | None,
+        labels: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        image_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What a step minimises, and the logits."""
 
@@ -101,6 +106,7 @@ class GraphedStep:
         two_streams: bool | None = None,
         capture: bool = True,
         micro_batches: Any = None,
+        from_features: bool = False,
     ) -> None:
         require_int("batch_size", batch_size, 1)
         require_int("warmup", warmup, 1)
@@ -108,7 +114,7 @@ class GraphedStep:
         self.loss = F.cross_entropy if loss is None else loss
         self.warmup, self._asked_streams, self.micro_batches = warmup, two_streams, micro_batches
         self.optimizer_captured = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        self.two_streams = False
+        self.two_streams, self.from_features = False, from_features
         # for good
         self._refused = refusal(model.logit_scale.device) if capture else "capture=False"
         self._stream: torch.cuda.Stream | None = None
@@ -131,8 +137,8 @@ class GraphedStep:
         """Train on one batch; the model's parameters have their gradients afterwards, as the optimizer saw them.
 
         Args:
-            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation; a B other than batch_size
-                runs eagerly.
+            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation, or with from_features (B, e);
+                a B other than batch_size runs eagerly.
             labels: (B,) int64.
         Returns:
             the loss (), and the logits (B, C) in float32, without gradients; the next step overwrites both.
@@ -180,7 +186,10 @@ class GraphedStep:
         if self.micro_batches is not None:
             scale = None if self.scaler is None else self.scaler.scale
             return self.model.backward_in_parts(images, labels, self.micro_batches, self.loss, scale)
-        loss, logits = self.model.loss_and_logits(images, labels, self.loss)
+        if self.from_features:
+            loss, logits = self.model.loss_and_logits(None, labels, self.loss, image_features=images)
+        else:
+            loss, logits = self.model.loss_and_logits(images, labels, self.loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach(), logits.detach()
 

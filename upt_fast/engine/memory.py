@@ -84,7 +84,7 @@ def tower_need(
 
 def peak(*towers: Need) -> int:
     """Of towers that work one after another and keep what they have side by side."""
-    return sum(need.lasting for need in towers) + max(need.passing for need in towers)
+    return sum(need.lasting for need in towers) + max((need.passing for need in towers), default=0)
 
 
 def peak_in_turn(*towers: Need) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upt_fast.engine.memory import peak
 from upt_fast.engine.towers import TextTower, VisionTower
 from upt_fast.prompts import PromptLearner
 from upt_fast.steps.micro_batches import MicroBatches, StepInParts
@@ -51,7 +52,7 @@ class StepsByPlan(nn.Module):
             self._parts = StepInParts(cast("FastPromptedCLIP", self), micro_batches)
         return self._parts(images, labels, loss, scale)
 
-    def predict_peak_memory(self, batch_size: int) -> int:
+    def predict_peak_memory(self, batch_size: int, from_features: bool = False) -> int:
         """Bytes that a training step is going to need at its peak, beside the weights and the images.
 
         By a formula (engine/memory.py) that holds to within 15 % for tensors alive; what the allocator holds back,
@@ -59,10 +60,12 @@ class StepsByPlan(nn.Module):
 
         Args:
             batch_size: B.
+            from_features: whether image features are given, so that no image tower runs.
         Raises:
             ValueError: batch_size below 1.
         """
-        return Step(cast("FastPromptedCLIP", self), batch_size).whole()
+        needs = Step(cast("FastPromptedCLIP", self), batch_size).needs()
+        return peak(*needs[1:] if from_features else needs)
 
     def plan_memory(self, batch_size: int, max_bytes: int | None = None) -> MemoryPlan:
         """The fastest way to run a step that stays below a number of bytes beside the weights.

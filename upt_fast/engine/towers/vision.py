@@ -22,6 +22,9 @@ from upt_fast.engine.towers import routes
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.folding import FrozenHead
 
+# rows of an image that leave the last layer of :meth:`VisionTower.alone`
+ALONE_ROWS = 16
+
 
 class VisionTower(nn.Module):
     """A frozen ViT with prompts.
@@ -108,7 +111,23 @@ class VisionTower(nn.Module):
         features = functools.partial(self._features, set_index=set_index, after_ln_pre=after_ln_pre)
         return composing.twice_differentiable(features, images, prompts)
 
-    def _features(self, images: Tensor, prompts: Tensor | None, set_index: Tensor | None, after_ln_pre: bool) -> Tensor:
+    def alone(self, images: Tensor) -> Tensor:
+        """Features of images without prompts and gradients, whose bits should not hang on the image's place in a batch.
+
+        A single query is a product of a vector, which libraries round as its address lies: that of the thread, and so
+        of the image's place. More queries, of which one is read, are a product of matrices.
+
+        Args:
+            images: (B, 3, H, W), normalised as the CLIP expects; as many in each batch.
+        Returns:
+            (B, e), not normalised.
+        """
+        with torch.no_grad():
+            return self._features(images, None, None, False, ALONE_ROWS)
+
+    def _features(
+        self, images: Tensor, prompts: Tensor | None, set_index: Tensor | None, after_ln_pre: bool, rows: int = 1
+    ) -> Tensor:
         if composing.composes(images, self.class_row):
             self.blocks.stack.check_composes()
             self.route.check_composes()
@@ -116,7 +135,7 @@ class VisionTower(nn.Module):
         prompts = x.new_empty(1, 1, 0, x.shape[2]) if prompts is None else prompts.to(x.dtype)
         first, *others = prompts.unbind(1)  # (S, n, w) each
         entering = [first if after_ln_pre else self._pre_norm(first), *others]
-        x = self.route.images(self.blocks, x, entering, set_index, self._pooled)
+        x = self.route.images(self.blocks, x, entering, set_index, functools.partial(self._pooled, rows=rows))
         if self.pooling == "tok":
             return self.head(x[:, 0])
         return self.head(x.mean(1)) if self.norm_after_pool else self.head(x, mean_dim=1)
@@ -137,6 +156,6 @@ class VisionTower(nn.Module):
         key_rows = batch_size * length if replaced else 0
         return tower_need(self.blocks, rows, backward, key_rows, memory=memory)
 
-    def _pooled(self, first_row: int) -> tuple[slice, slice]:
-        """Index of the rows that are pooled, of (B, ., w): the class token's, or all patches'."""
-        return slice(None), slice(first_row, first_row + 1) if self.pooling == "tok" else slice(first_row + 1, None)
+    def _pooled(self, first_row: int, rows: int = 1) -> tuple[slice, slice]:
+        """Index of the rows that are pooled, of (B, ., w): the class token's (and those behind it), or all patches'."""
+        return slice(None), slice(first_row, first_row + rows) if self.pooling == "tok" else slice(first_row + 1, None)
