@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # which way runs is not left to a timing: tests name it
 os.environ.setdefault("UPT_FAST_MEASURE", "0")
+# nothing that an earlier run has kept
+os.environ["UPT_FAST_FEATURE_STORE"] = "off"
 
 import hypothesis
 import pytest

@@ -105,14 +105,14 @@ def test_little_is_read(tmp_path, monkeypatch):
     files |= {"train/cat/z": b"a" * 9000, "test/cat/z": b"b" * 9000}  # of equal size
     files |= {"train/dog/w": b"w" * 9999, "test/dog/w": b"w" * 9999}
     split = make_split(tmp_path, files)
-    read: dict[str, list[str]] = {"_pieces": [], "_whole": []}
+    read: dict[str, list[str]] = {"_pieces": [], "digest_file": []}
     for name, paths in read.items():
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda path, real=real, paths=paths: paths.append(path.name) or real(path))
     found = find_duplicates(split)
     assert found.keys()["train_test"] == [["test/dog/w", "train/dog/w"]]
     assert sorted(read["_pieces"]) == ["w", "w", "z", "z"]
-    assert read["_whole"] == ["w", "w"]
+    assert read["digest_file"] == ["w", "w"]
 
 
 def test_one_file_under_two_names_is_not_read(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_one_file_under_two_names_is_not_read(tmp_path, monkeypatch):
             (tmp_path / name).symlink_to(tmp_path / source)
         else:
             os.link(tmp_path / source, tmp_path / name)
-    for name in ("_pieces", "_whole"):
+    for name in ("_pieces", "digest_file"):
         monkeypatch.setattr(module, name, lambda path: pytest.fail(f"{path} was read"))
     assert len(find_duplicates(split).test_copies) == 2
 

@@ -31,11 +31,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     Args:
         items: N images.
         load: RGB image -> (3, h, w) uint8.
-        images: what load gives for each item, decoded before; None: files are read when asked for.
+        images: what load gives for each item, decoded before; None, as a whole or for an item: read when asked for.
     """
 
     def __init__(
-        self, items: Sequence[ImageItem], load: Callable[[Image.Image], Tensor], images: Sequence[Tensor] | None = None
+        self,
+        items: Sequence[ImageItem],
+        load: Callable[[Image.Image], Tensor],
+        images: Sequence[Tensor | None] | None = None,
     ) -> None:
         if images is not None and len(images) != len(items):
             raise ValueError(f"{len(images)} decoded images for {len(items)} items; wanted as many")
@@ -48,8 +51,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.items[index]
-        image = self.load(read_rgb(item.path)) if self.images is None else self.images[index]
-        return image, item.label
+        image = None if self.images is None else self.images[index]
+        return self.load(read_rgb(item.path)) if image is None else image, item.label
 
 
 class AugmentedDataset(Dataset[tuple[Tensor, int]]):

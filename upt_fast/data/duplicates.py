@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from upt_fast.common.messages import shorten
 from upt_fast.data.folder import ImageItem
+from upt_fast.data.images import digest_file
 from upt_fast.data.sampling import FewShotSplit
 
 PIECE = 1024  # bytes at the beginning, the middle and the end of a file
@@ -107,7 +108,7 @@ def _equal_files(
         found = pool.map(_identity, [item.path for item in items])
         files = {item.key: identity for item, identity in zip(items, found, strict=True) if identity is not None}
         groups = _regroup([[item for item in items if item.key in files]], lambda item: files[item.key].size, matters)
-        for read in (_pieces, _whole):
+        for read in (_pieces, digest_file):
             # a file that several links lead to is read once, and not at all when it is alone in its group
             paths = {
                 files[item.key]: item.path
@@ -163,17 +164,5 @@ def _pieces(path: Path) -> bytes | None:
                 file.seek(start)
                 pieces.append(file.read(PIECE))
             return hashlib.blake2b(b"".join(pieces), digest_size=16).digest()
-    except OSError:
-        return None
-
-
-def _whole(path: Path) -> bytes | None:
-    """A digest of a file; None if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.blake2b(digest_size=16)
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.digest()
     except OSError:
         return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,18 @@ def read_rgb(path: str | Path) -> Image.Image:
         raise ImageDecodeError(f"cannot read {path}: {reason}") from error
 
 
+def digest_file(path: Path) -> bytes | None:
+    """SHA-256 of a file's bytes; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.digest()
+    except OSError:
+        return None
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -79,7 +92,8 @@ class DecodedImages:
     """What one pass over a list of files found.
 
     Args:
-        images: (3, H, W) uint8 of each file in order, None for one that cannot be read; None: more than the limit.
+        images: (3, H, W) uint8 of each file in order, None for one that cannot be read or was passed over; None: more
+            than the limit.
         failures: index in the list -> reason.
     """
 
@@ -98,6 +112,7 @@ def decode_images(
     limit_bytes: int,
     description: str = "reading images",
     progress: bool = True,
+    skip: Collection[int] = (),
 ) -> DecodedImages:
     """Decode every file once and keep the results if all of them fit into limit_bytes.
 
@@ -107,20 +122,23 @@ def decode_images(
         limit_bytes: memory for the results; when they do not fit, none is kept.
         description: of the progress bar.
         progress: whether to show it.
+        skip: indices of files to pass over.
     """
     kept: list[Tensor | None] | None = []
     used = 0
     failures: dict[int, str] = {}
 
-    def decode(path: Path) -> Tensor | str:
+    def decode(index: int) -> Tensor | str | None:
+        if index in skip:
+            return None
         try:
-            return load(read_rgb(path))
+            return load(read_rgb(paths[index]))
         except ImageDecodeError as error:
             return str(error)
 
     # decoders release the GIL, so threads do; few in flight, or a large dataset would pile up in memory
     num_threads = min(16, os.cpu_count() or 1)
-    pending: deque[Future[Tensor | str]] = deque()
+    pending: deque[Future[Tensor | str | None]] = deque()
     with (
         ThreadPoolExecutor(num_threads) as pool,
         tqdm(total=len(paths), desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
@@ -128,7 +146,7 @@ def decode_images(
         submitted = 0
         for index in range(len(paths)):
             while submitted < len(paths) and len(pending) < 4 * num_threads:
-                pending.append(pool.submit(decode, paths[submitted]))
+                pending.append(pool.submit(decode, submitted))
                 submitted += 1
             result = pending.popleft().result()
             bar.update()
@@ -136,8 +154,8 @@ def decode_images(
                 failures[index] = result
             if kept is None:
                 continue
-            kept.append(None if isinstance(result, str) else result)
-            used += 0 if isinstance(result, str) else result.numel()
+            kept.append(result if isinstance(result, Tensor) else None)
+            used += result.numel() if isinstance(result, Tensor) else 0
             if used > limit_bytes:
                 kept = None
     return DecodedImages(kept, failures)
