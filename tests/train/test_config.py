@@ -44,6 +44,8 @@ REQUIRED = {"data": "d", "out": "r", "clip": "tiny-digits"}
         {"device": "tpu"},
         {"num_workers": -1},
         {"cache_gib": -1.0},
+        {"feature_store_gib": -1.0},
+        {"feature_store": ""},
         {"on_corrupt": "ignore"},
         {"final_model": "first"},
         {"preset": "other"},

@@ -28,6 +28,13 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=100, help="images per forward pass")
     parser.add_argument("--num-workers", type=int | None, default=None, help="processes that load images")
+    parser.add_argument(
+        "--feature-store",
+        type=str | None,
+        default=None,
+        help="folder that keeps image features that no prompt changes, or off; none: as for train",
+    )
+    parser.add_argument("--feature-store-gib", type=float, default=1.0, help="GiB that it may take on disk")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -46,6 +53,8 @@ def run(options: Namespace) -> int:
         method=options.method,
         classes_from=options.classes_from,
         classnames=options.classnames,
+        feature_store=options.feature_store,
+        feature_store_gib=options.feature_store_gib,
     )
     if options.json:
         print(json.dumps({"images_from": where, **asdict(evaluation)}, indent=2))

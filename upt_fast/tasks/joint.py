@@ -74,7 +74,8 @@ class MultiTask(nn.Module):
         """What each task's step minimises, with the method's own terms, and its logits.
 
         Args:
-            batches: of each task (B_i, 3, H, W) images and (B_i,) labels.
+            batches: of each task (B_i, 3, H, W) images, or their (B_i, e) features where its
+                ``images_are_fixed``, and (B_i,) labels.
             losses: of each task; None: mean cross-entropy.
             learners: gives a context in which task i's learner is run, for its random numbers; None: none.
         Returns:
@@ -99,7 +100,9 @@ class MultiTask(nn.Module):
             logits = model._logits(features[i], texts[i]).to(model.logit_scale.dtype)
             loss = (F.cross_entropy if losses is None else losses[i])(logits, labels)
             if model._loss_terms is not None:
-                loss = loss + model._added_terms(images, labels, features[i], texts[i], logits)
+                given, images = (images, None) if images.ndim == 2 else (None, images)
+                terms = model._added_terms(images, labels, features[i], texts[i], logits, image_features=given)
+                loss = loss + terms
             found.append((loss, logits))
         return found
 
@@ -151,12 +154,15 @@ class MultiTask(nn.Module):
     def _images(self, images: Sequence[Tensor], prompts: Sequence[Prompts]) -> list[Tensor]:
         """Normalised features (B_i, e) of each task's images."""
         calls: dict[tuple[Any, ...] | None, list[int]] = {}
+        found: list[Tensor] = [images[0]] * len(images)
         for i, model in enumerate(self.tasks):
+            if images[i].ndim == 2:
+                found[i] = model._image_features(None, images[i], prompts[i])
+                continue
             visual = prompts[i].visual
             after = model.prompt_learner.visual_after_ln_pre
             key = None if visual is None else (visual.shape[1:], after, model.prompt_learner.half_prompts)
             calls.setdefault(key, []).append(i)
-        found: list[Tensor] = [images[0]] * len(images)
         for key, of_call in calls.items():
             together = torch.cat([images[i] for i in of_call])
             visual, set_index = (None, None) if key is None else self._sets(of_call, images, prompts)

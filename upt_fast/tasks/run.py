@@ -372,9 +372,10 @@ def _step(job: Job, together: MultiTask, sharing: Sequence[Member], step: int) -
 def empty_batch(member: Member) -> Batch:
     """A batch of a task's size without images."""
     assert member.model is not None
-    device = member.model.logit_scale.device
-    size = member.model.vision_tower.image_size
-    return torch.zeros(member.size, 3, *size, device=device), torch.zeros(member.size, dtype=torch.int64, device=device)
+    model, device = member.model, member.model.logit_scale.device
+    # features stand in for images where no prompt changes these
+    shape = (model.embed_dim,) if model.images_are_fixed else (3, *model.vision_tower.image_size)
+    return torch.zeros(member.size, *shape, device=device), torch.zeros(member.size, dtype=torch.int64, device=device)
 
 
 def _advance(job: Job, member: Member, result: tuple[Tensor, Tensor] | None) -> None:

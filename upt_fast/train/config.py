@@ -25,6 +25,8 @@ FREE_ON_RESUME = frozenset(
         "cuda_graph",
         "num_workers",
         "cache_gib",
+        "feature_store",
+        "feature_store_gib",
         "backend",
         "memory",
         "text_batch",
@@ -119,6 +121,12 @@ class TrainConfig:
     cuda_graph: bool = _option("on a GPU, replay steps from a CUDA graph where they can be captured", True)
     num_workers: int | None = _option("processes that load images; none: 0 on the CPU, up to 8 for a GPU", None)
     cache_gib: float = _option("GiB of memory for decoded images; sets that need more are decoded when used", 1.0)
+    feature_store: str | None = _option(
+        "folder that keeps image features that no prompt changes (zero-shot, CoOp, CoCoOp, KgCoOp), for evaluation and "
+        "training with augment none, or off; none: $UPT_FAST_FEATURE_STORE, else in the cache folder",
+        None,
+    )
+    feature_store_gib: float = _option("GiB that the feature store may take on disk", 1.0)
     on_corrupt: Literal["error", "skip"] = _option(
         "images that cannot be read: stop, or leave them out and say so", "error"
     )
@@ -140,6 +148,8 @@ class TrainConfig:
             raise ValueError("pretrained=''; wanted a tag, a checkpoint file or none")
         if self.quick_gelu not in (None, True, False):
             raise ValueError(f"quick_gelu={self.quick_gelu!r}; wanted true, false or none")
+        if self.feature_store is not None and not self.feature_store:
+            raise ValueError("feature_store=''; wanted a folder, 'off' or none")
         if self.classnames is not None and not self.classnames:
             raise ValueError("classnames=''; wanted a JSON or CSV file, 'folders' or none")
         if self.shots != "all" and (isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1):
@@ -149,7 +159,13 @@ class TrainConfig:
         for name, minimum in (("num_workers", 0), ("text_batch", 1), ("patience", 1)):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), minimum)
-        for name, positive in (("lr", True), ("warmup_lr", True), ("weight_decay", False), ("cache_gib", False)):
+        for name, positive in (
+            ("lr", True),
+            ("warmup_lr", True),
+            ("weight_decay", False),
+            ("cache_gib", False),
+            ("feature_store_gib", False),
+        ):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise ValueError(f"{name}={value!r}; wanted a {'positive' if positive else 'non-negative'} number")
@@ -214,6 +230,8 @@ class TrainConfig:
             values["pretrained"] = str(Path(self.pretrained).absolute())
         if self.classnames not in (None, FOLDER_NAMES):
             values["classnames"] = str(Path(str(self.classnames)).absolute())
+        if self.feature_store not in (None, "off"):
+            values["feature_store"] = str(Path(str(self.feature_store)).absolute())
         file, _, name = self.method.rpartition(":")
         if file.endswith(".py"):
             values["method"] = f"{Path(file).absolute()}:{name}"

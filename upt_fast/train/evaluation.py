@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from upt_fast.common.checks import require_int
 from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
 from upt_fast.data.transforms import build_eval_transform, build_normalize
+from upt_fast.train.batches import device_of, eval_mode, to_device
+from upt_fast.train.features import FeatureDataset, FixedFeatures
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,6 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-def to_device(
-    batches: Iterable[tuple[Tensor, Tensor]], normalize: Callable[[Tensor], Tensor], device: torch.device
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) uint8 and (B,) labels of a loader -> normalised float32 images and labels on the device."""
-    for images, labels in batches:
-        yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is, also one without parameters."""
-    return next(itertools.chain(model.parameters(), model.buffers())).device
-
-
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -74,7 +62,7 @@ def evaluate(
 
     Args:
         model: FastPromptedCLIP or what has its classnames, preprocess_cfg and forward.
-        dataset: items of (3, H, W) uint8 and a label that indexes model.classnames; not empty.
+        dataset: items of (3, H, W) uint8 and a label that indexes model.classnames; not empty. Or a FeatureDataset.
         batch_size: images per forward pass.
         num_workers: processes that load images.
         description: of the progress bar.
@@ -86,22 +74,12 @@ def evaluate(
     num_images = len(dataset)  # type: ignore[arg-type]
     if num_images == 0:
         raise ValueError("the dataset has 0 images; wanted at least 1 to evaluate on")
-    device = device_of(model)
-    normalize = build_normalize(model.preprocess_cfg)
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw from the default one, which dropout uses
-    )
     losses, hits, labels = [], [], []
     with (
-        _eval_mode(model),
+        eval_mode(model),
         tqdm(total=num_images, desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
     ):
-        for images, target in to_device(loader, normalize, device):
-            logits = model(images)
+        for logits, target in _logits(model, dataset, batch_size, num_workers, progress):
             losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
             hits.append(logits.argmax(dim=1) == target)
             labels.append(target)
@@ -126,16 +104,28 @@ def evaluate(
     )
 
 
-class _eval_mode:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.training = model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
+def _logits(
+    model: Any, dataset: Dataset[tuple[Tensor, int]], batch_size: int, num_workers: int, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, C) and labels (B,) of the batches of a dataset; through its features where no prompt changes them."""
+    device = device_of(model)
+    if isinstance(dataset, FeatureDataset) or getattr(model, "images_are_fixed", False):
+        if isinstance(dataset, FeatureDataset):
+            rows, labels = dataset.tensors()
+        else:
+            rows, labels = FixedFeatures(model, batch_size, num_workers, progress=progress).compute(dataset)
+        for features, target in zip(rows.split(batch_size), labels.split(batch_size), strict=True):
+            yield model(image_features=features.to(device)), target.to(device)
+        return
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or the loader would draw from the default one, which dropout uses
+    )
+    for images, target in to_device(loader, build_normalize(model.preprocess_cfg), device):
+        yield model(images), target
 
 
 def predict(
@@ -175,7 +165,7 @@ def predict(
     failures: list[str] = []
     with (
         torch.no_grad(),
-        _eval_mode(model),
+        eval_mode(model),
         tqdm(total=len(paths), desc="predicting", unit="image", disable=None if progress else True, leave=False) as bar,
     ):
         for start in range(0, len(paths), batch_size):

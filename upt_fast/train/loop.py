@@ -24,6 +24,7 @@ from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
+from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import (
     LOCK_FILE,
     TrainingState,
@@ -35,7 +36,7 @@ from upt_fast.train.checkpoint import (
     write_json,
 )
 from upt_fast.train.config import TrainConfig
-from upt_fast.train.evaluation import device_of, evaluate
+from upt_fast.train.evaluation import evaluate
 from upt_fast.train.setup import (
     CHOICES_FILE,
     CONFIG_FILE,
@@ -211,7 +212,7 @@ class Run:
             logger.info(
                 "a step of %d images needs about %.2f GiB beside the weights",
                 config.batch_size,
-                self.model.predict_peak_memory(config.batch_size) / GIB,
+                self.model.predict_peak_memory(config.batch_size, trainer.from_features) / GIB,
             )
 
     def finish(self) -> dict[str, Any]:

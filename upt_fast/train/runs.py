@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from upt_fast.data.dataset import ImageDataset
+from upt_fast.data.feature_store import open_store
 from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, list_folders
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.transforms import build_eval_transform
 from upt_fast.model import FastPromptedCLIP
+from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import is_run, read_json
 from upt_fast.train.classes import match_images, read_classes, shown_names
-from upt_fast.train.evaluation import Evaluation, device_of, evaluate
+from upt_fast.train.evaluation import Evaluation, evaluate
+from upt_fast.train.features import FeatureDataset, FixedFeatures
 from upt_fast.train.setup import (
     CONFIG_FILE,
     GIB,
@@ -82,6 +85,8 @@ def evaluate_run(
     method: str | None = None,
     classes_from: str | None = None,
     classnames: str | Path | Mapping[str, str] | None = None,
+    feature_store: str | None = None,
+    feature_store_gib: float = 1.0,
 ) -> tuple[Evaluation, str]:
     """Evaluate a trained model on a directory of images.
 
@@ -101,6 +106,8 @@ def evaluate_run(
         classes_from: "top" or "leaf", see :func:`upt_fast.data.scan_folder`; None: as in training.
         classnames: a JSON or CSV file or a mapping, folder -> name: which class of the model a folder means, and what
             to call it; see :func:`upt_fast.train.classes.match_images`.
+        feature_store: a folder that keeps image features that no prompt changes, or "off"; None: as for training.
+        feature_store_gib: what it may take on disk.
     Returns:
         The evaluation, and which images it is on, in words.
     Raises:
@@ -114,12 +121,17 @@ def evaluate_run(
     model = load_run(folder, device, backend, method)
     matched = match_images(items, listing, classes, model.classnames, classnames)
     load = build_eval_transform(preprocess_cfg(model))
-    decoded = decode_images([item.path for item in matched.items], load, GIB, "reading images", progress)
+    paths, workers = [item.path for item in matched.items], count_workers(num_workers, device_of(model))
+    store = open_store(feature_store, feature_store_gib)
+    source = FixedFeatures(model, batch_size, workers, store, progress) if model.images_are_fixed else None
+    known = [] if source is None else source.look_up(paths)
+    there = {i for i, entry in enumerate(known) if entry.row is not None}
+    decoded = decode_images(paths, load, GIB, "reading images", progress, skip=there)
     if decoded.failures:
         raise ValueError(corrupt_message(list(decoded.failures.values())))
-    images = None if decoded.images is None else [image for image in decoded.images if image is not None]
-    workers = count_workers(num_workers, device_of(model))
-    dataset = ImageDataset(matched.items, load, images)
+    dataset = ImageDataset(matched.items, load, decoded.images)
+    if source is not None:
+        dataset = FeatureDataset(dataset, source, known)
     evaluation = evaluate(model, dataset, batch_size, workers, progress=progress, classnames=matched.classnames)
     return evaluation, where
 

@@ -16,6 +16,7 @@ from upt_fast.common.sizes import parse_bytes
 from upt_fast.data.classnames import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.duplicates import Duplicates, drop_test_copies
+from upt_fast.data.feature_store import open_store
 from upt_fast.data.folder import FolderListing, ImageItem
 from upt_fast.data.images import corrupt_message, decode_images
 from upt_fast.data.sampling import FewShotSplit
@@ -24,9 +25,11 @@ from upt_fast.engine.workspace import keep_heap_small
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.saving import load_for
 from upt_fast.steps import MemoryPlan
+from upt_fast.train.batches import device_of, eval_mode
 from upt_fast.train.checkpoint import LOCK_FILE, is_run, read_json
 from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
+from upt_fast.train.features import FeatureDataset, FixedFeatures
 
 logger = logging.getLogger("upt_fast")
 
@@ -167,26 +170,31 @@ def load_data(
     dropped = duplicates.test_copies if config.duplicates == "drop" else ()
     if dropped:
         split = drop_test_copies(split, duplicates)
-    load_train, transform = build_augmentation(preprocess_cfg(model), config.augment)
     load_eval = build_eval_transform(preprocess_cfg(model))
+    load_train, transform = build_augmentation(preprocess_cfg(model), config.augment)
+    if transform is None:
+        load_train = load_eval
     limit = int(config.cache_gib * GIB)
     failures = [reason for reasons in listing.broken.values() for reason in reasons]
+    fixed = fixed_features(config, model)
     datasets: list[ImageDataset] = []
     for name, items, load in (
         ("training", split.train, load_train),
         ("validation", split.val, load_eval),
         ("test", split.test, load_eval),
     ):
-        decoded = decode_images(
-            [item.path for item in items], load, limit, f"reading {name} images", progress=config.progress
-        )
+        paths, source = [item.path for item in items], fixed if load is load_eval else None
+        known = [] if source is None else source.look_up(paths)
+        there = {i for i, entry in enumerate(known) if entry.row is not None}
+        decoded = decode_images(paths, load, limit, f"reading {name} images", config.progress, skip=there)
         failures += decoded.failures.values()
         limit -= decoded.num_bytes
         if decoded.images is None:
             logger.info("%s images need more than what is left of %s GiB: decoded when used", name, config.cache_gib)
         good = [i for i in range(len(items)) if i not in decoded.failures]
-        images = None if decoded.images is None else [image for image in decoded.images if image is not None]
-        datasets.append(ImageDataset([items[i] for i in good], load, images))
+        images = None if decoded.images is None else [decoded.images[i] for i in good]
+        dataset = ImageDataset([items[i] for i in good], load, images)
+        datasets.append(dataset if source is None else FeatureDataset(dataset, source, [known[i] for i in good]))
     if failures:
         if config.on_corrupt == "error":
             raise ValueError(f"{corrupt_message(failures)}; remove them, or leave them out with --on-corrupt skip")
@@ -207,6 +215,18 @@ def load_data(
         test=datasets[2],
         skipped=failures,
     )
+
+
+def fixed_features(config: TrainConfig, model: FastPromptedCLIP) -> FixedFeatures | None:
+    """What computes the run's image features, where the method does not change them; not below a limit of memory."""
+    if config.max_memory is not None:
+        return None
+    with eval_mode(model):  # where a learner draws no random numbers
+        if not model.images_are_fixed:
+            return None
+    store = open_store(config.feature_store, config.feature_store_gib)
+    workers = count_workers(config.num_workers, device_of(model))
+    return FixedFeatures(model, config.test_batch_size, workers, store, config.progress)
 
 
 def preprocess_cfg(model: FastPromptedCLIP) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -22,13 +22,15 @@ from upt_fast.data.transforms import build_normalize
 from upt_fast.engine.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
+from upt_fast.train.batches import device_of, to_device
 from upt_fast.train.checkpoint import (
     TrainingState,
     read_checkpoint,
     write_checkpoint,
 )
 from upt_fast.train.config import TrainConfig
-from upt_fast.train.evaluation import Evaluation, device_of, evaluate, to_device
+from upt_fast.train.evaluation import Evaluation, evaluate
+from upt_fast.train.features import FeatureDataset
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.optimizers import build_optimizer, restore_state, state_tensors
 from upt_fast.train.recording import (
@@ -78,6 +80,10 @@ class Trainer:
         self.config, self.out, self.model, self.data, self.plan = config, out, model, data, plan
         self.device = device_of(model)
         self.num_workers = count_workers(config.num_workers, self.device) // beside
+        self.from_features = isinstance(data.train.base, FeatureDataset)
+        if isinstance(data.train.base, FeatureDataset):
+            data.train.base.tensors()  # now, in this process; the loader then has nothing to do
+        loaders = 0 if self.from_features else self.num_workers
         self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
         self.loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
@@ -91,12 +97,12 @@ class Trainer:
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             data.train,  # type: ignore[arg-type]
             batch_sampler=self.sampler,  # type: ignore[arg-type]
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=loaders,
+            persistent_workers=loaders > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or the loader would draw from the default one, which dropout uses
         )
-        self.normalize = build_normalize(preprocess_cfg(model))
+        self.normalize = nn.Identity() if self.from_features else build_normalize(preprocess_cfg(model))
 
     @property
     def done(self) -> bool:
@@ -114,6 +120,7 @@ class Trainer:
             loss=self.loss,
             capture=config.cuda_graph,
             micro_batches=None if self.plan is None else self.plan.micro_batches,
+            from_features=self.from_features,
         )
         said = NOT_YET  # of why steps run eagerly
 

@@ -1,0 +1,235 @@
+"""Image features that no prompt can change: computed once for an image, whatever is learned beside it.
+
+They are computed in batches of one shape, the last one filled up, so that an image's feature does not hang on how many
+images there are; and by :meth:`VisionTower.alone`, so that it does not hang on its place and its neighbours. That is
+the libraries' doing, hence tried for every key of the store before anything is kept. Evaluation with a store and
+without one has thus the same bits, and so has training on images without augmentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+import torch
+import torchvision
+from PIL import Image, features
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from upt_fast.data.dataset import ImageDataset
+from upt_fast.data.feature_store import FeatureStore, Section
+from upt_fast.data.images import digest_file
+from upt_fast.data.transforms import build_eval_transform, build_normalize, image_size
+from upt_fast.engine.cpu import choices
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.train.batches import device_of, eval_mode, to_device
+from upt_fast.version import __version__
+
+logger = logging.getLogger("upt_fast")
+
+FEATURE_BATCH = 32  # images of a pass, where an evaluation's batch is not smaller
+PACK_ROWS = 4096  # features that are written together
+ALONE = "independent of the batch"  # a fact of a key
+
+
+class Known(NamedTuple):
+    """What the store has of an image file: its digest, None if unknown, and its feature (e,)."""
+
+    digest: bytes | None = None
+    row: Tensor | None = None
+
+
+class FixedFeatures:
+    """The image features of a model whose ``images_are_fixed``.
+
+    Args:
+        model: the model; any other on the same CLIP, precision and machine has the same.
+        batch_size: of an evaluation, images of a pass at most.
+        num_workers: processes that load images.
+        store: keeps the features; None: they are computed.
+        progress: whether to show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: FastPromptedCLIP,
+        batch_size: int,
+        num_workers: int = 0,
+        store: FeatureStore | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.model, self.num_workers, self.progress = model, num_workers, progress
+        self.batch_size = min(batch_size, FEATURE_BATCH)
+        self.device = device_of(model)
+        assert model.preprocess_cfg is not None
+        self.preprocess_cfg: dict[str, Any] = model.preprocess_cfg
+        self.normalize: Callable[[Tensor], Tensor] = build_normalize(self.preprocess_cfg)
+        self.section = None if store is None else self._open(store)
+
+    def look_up(self, paths: Sequence[Path]) -> list[Known]:
+        """What the store has of image files."""
+        if self.section is None:
+            return [Known()] * len(paths)
+        digests = _digests(paths)
+        rows = self.section.read([digest for digest in digests if digest is not None])
+        return [Known(digest, None if digest is None else rows.get(digest)) for digest in digests]
+
+    @torch.no_grad()
+    def compute(
+        self, dataset: Dataset[tuple[Tensor, int]], known: Sequence[Known] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, e) in the tower's dtype and labels (N,) of a dataset, on the CPU.
+
+        Args:
+            dataset: items of (3, H, W) uint8 and a label; an ImageDataset where known is given.
+            known: what the store has of each image; the others' features are put there.
+        """
+        total = len(dataset)  # type: ignore[arg-type]
+        known = [Known()] * total if known is None else known
+        missing = [i for i, entry in enumerate(known) if entry.row is None]
+        rows: list[Tensor | None] = [entry.row for entry in known]
+        labels = [dataset.items[i].label if rows[i] is not None else 0 for i in range(total)]  # type: ignore[attr-defined]
+        loader: DataLoader[Any] = DataLoader(
+            Subset[Any](dataset, missing),
+            self.batch_size,
+            num_workers=self.num_workers if missing else 0,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or the loader would draw from the default one, which dropout uses
+        )
+        hidden = None if self.progress and missing else True
+        done, written = 0, 0
+        with (
+            eval_mode(self.model),
+            tqdm(total=len(missing), desc="image features", unit="image", disable=hidden, leave=False) as bar,
+        ):
+            for images, target in to_device(loader, self.normalize, self.device):
+                batch = missing[done : done + len(images)]
+                for i, row, label in zip(batch, self._alone(images).cpu(), target.tolist(), strict=True):
+                    rows[i], labels[i] = row, label
+                done += len(batch)
+                if done - written >= PACK_ROWS or done == len(missing):
+                    self._keep(dataset, known, rows, missing[written:done])
+                    written = done
+                bar.update(len(batch))
+        return torch.stack([row for row in rows if row is not None]), torch.tensor(labels)
+
+    def _alone(self, images: Tensor) -> Tensor:
+        """(B, e) of at most a batch of images, which is filled up to a whole one."""
+        filled = torch.cat([images, images[-1:].expand(self.batch_size - len(images), -1, -1, -1)])
+        return self.model.vision_tower.alone(filled)[: len(images)]
+
+    def _keep(
+        self, dataset: Any, known: Sequence[Known], rows: Sequence[Tensor | None], indices: Sequence[int]
+    ) -> None:
+        if self.section is None:
+            return
+        # a file that was changed between its digest and its decoding has another feature
+        now = _digests([dataset.items[i].path for i in indices])
+        kept = {
+            digest: row
+            for i, digest in zip(indices, now, strict=True)
+            if digest is not None and digest == known[i].digest and (row := rows[i]) is not None
+        }
+        if kept:
+            self.section.write(list(kept), torch.stack(list(kept.values())))
+
+    @torch.no_grad()
+    def _open(self, store: FeatureStore) -> Section | None:
+        """Where the store keeps these features; None where they would hang on the batch that they are computed in."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch_size, 3, *image_size(self.preprocess_cfg))
+        images = self.normalize(torch.randint(256, size, generator=generator, dtype=torch.uint8).to(self.device))
+        with eval_mode(self.model):
+            found = self._alone(images)
+            section = store.section(self._about(found))
+            independent = section.fact(ALONE)
+            if not isinstance(independent, bool):
+                independent = self._is_independent(images, found)
+                section.note(ALONE, independent)
+        if not independent:
+            logger.info("image features are not kept: here their last bits depend on the images beside them")
+            return None
+        return section
+
+    def _is_independent(self, images: Tensor, found: Tensor) -> bool:
+        """Whether images have the same features, to the bit, in other places and beside others."""
+        size = len(images)
+        orders = [torch.arange(size).roll(shift) for shift in sorted({1, size // 2, size - 1})]
+        orders += [torch.arange(size).flip(0), torch.zeros(size, dtype=torch.long)]
+        return all(torch.equal(self._alone(images[order]), found[order]) for order in orders)
+
+    def _about(self, found: Tensor) -> dict[str, Any]:
+        """All that the bits of a feature hang on beside the image; found: those of the images that are tried."""
+        model, tower = self.model, self.model.vision_tower
+        load = build_eval_transform(self.preprocess_cfg)
+        pattern = Image.frombytes("RGB", (61, 47), bytes(i * i % 251 for i in range(61 * 47 * 3)))
+        on_cpu = self.device.type == "cpu"
+        return {
+            "upt_fast": __version__,
+            "weights": model.vision_digest(),
+            "preprocess": {name: str(value) for name, value in self.preprocess_cfg.items()},
+            "preprocessed": _digest(load(pattern)),
+            "dtype": f"{tower.class_row.dtype}{' fp8' if model.quantized else ''}",
+            "batch": self.batch_size,
+            "route": [
+                model.backend,
+                tower.blocks.memory,
+                type(tower.blocks.stack).__name__,
+            ],
+            "machine": {**choices.machine(), "threads": torch.get_num_threads()}
+            if on_cpu
+            else {"gpu": torch.cuda.get_device_name(self.device), "cuda": str(torch.version.cuda)},
+            "libraries": {
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "pillow": PIL.__version__,
+                "jpeg": str(features.version("jpg")),
+            },
+            # whatever else decides on bits, choices among exact ways first of all, shows here
+            "bits": _digest(found),
+        }
+
+
+class FeatureDataset(ImageDataset):
+    """The features of images in their place, (e,) each; they are computed when they are first asked for.
+
+    Args:
+        images: the images.
+        source: computes their features.
+        known: what the store has of them.
+    """
+
+    def __init__(self, images: ImageDataset, source: FixedFeatures, known: Sequence[Known]) -> None:
+        super().__init__(images.items, images.load)
+        self._source: FixedFeatures | None = source
+        self._from: tuple[ImageDataset, Sequence[Known]] | None = (images, known)
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Features (N, e), not normalised, and labels (N,)."""
+        if self._found is None:
+            assert self._source is not None
+            assert self._from is not None
+            self._found = self._source.compute(*self._from)
+            self._source = self._from = None  # the decoded images are needed no more
+        return self._found
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        rows, _ = self.tensors()
+        return rows[index], self.items[index].label
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _digests(paths: Sequence[Path]) -> list[bytes | None]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(digest_file, paths))
