@@ -100,8 +100,8 @@ class MultiTask(nn.Module):
             logits = model._logits(features[i], texts[i]).to(model.logit_scale.dtype)
             loss = (F.cross_entropy if losses is None else losses[i])(logits, labels)
             if model._loss_terms is not None:
-                given, images = (images, None) if images.ndim == 2 else (None, images)
-                terms = model._added_terms(images, labels, features[i], texts[i], logits, image_features=given)
+                given = (images, None) if images.ndim > 2 else (None, images)
+                terms = model._added_terms(given[0], labels, features[i], texts[i], logits, image_features=given[1])
                 loss = loss + terms
             found.append((loss, logits))
         return found

@@ -36,7 +36,7 @@ from upt_fast.train.config import TrainConfig
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.loop import Run, finished
 from upt_fast.train.recording import TrainingDivergedError
-from upt_fast.train.setup import RESULTS_FILE, SPLIT_FILE, build_model, resolve_device
+from upt_fast.train.setup import RESULTS_FILE, SPLIT_FILE, build_model, fixed_features_train, resolve_device
 from upt_fast.train.trainer import Batch, Steps
 
 logger = logging.getLogger("upt_fast")
@@ -85,6 +85,7 @@ class Member:
         steps: its trainer's.
         batch: that of its next step.
         size: images of a batch.
+        from_features: whether it is a batch of their features.
         at: its next step.
         end: the step before which it ends; known early where it has ended.
     """
@@ -99,6 +100,7 @@ class Member:
     batch: Batch | None = None
     randomness: Randomness | None = None
     size: int = 0
+    from_features: bool = False
     at: int = 0
     end: int = 0
 
@@ -303,6 +305,7 @@ def _begin(
             if member.results is not None:
                 member.end = member.results.get("epochs_done", config.epochs) * max(1, count // config.batch_size)
             member.at, member.model = member.end, model
+            member.from_features = fixed_features_train(config, model)
         return backbone
     with contextlib.ExitStack() as opened:
         try:
@@ -317,7 +320,7 @@ def _begin(
         stack.enter_context(opened.pop_all())
     if trainer is None:  # nothing to train, and nothing that shares steps
         return backbone
-    member.size = min(config.batch_size, len(run.data.train))
+    member.size, member.from_features = min(config.batch_size, len(run.data.train)), trainer.from_features
     member.at = trainer.state.step
     member.end = member.at if trainer.done else config.epochs * len(trainer.sampler)
     member.model, member.randomness = model, Randomness(trainer.device)
@@ -373,8 +376,7 @@ def empty_batch(member: Member) -> Batch:
     """A batch of a task's size without images."""
     assert member.model is not None
     model, device = member.model, member.model.logit_scale.device
-    # features stand in for images where no prompt changes these
-    shape = (model.embed_dim,) if model.images_are_fixed else (3, *model.vision_tower.image_size)
+    shape = (model.embed_dim,) if member.from_features else (3, *model.vision_tower.image_size)
     return torch.zeros(member.size, *shape, device=device), torch.zeros(member.size, dtype=torch.int64, device=device)
 
 

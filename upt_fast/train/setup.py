@@ -217,6 +217,12 @@ def load_data(
     )
 
 
+def fixed_features_train(config: TrainConfig, model: FastPromptedCLIP) -> bool:
+    """Whether a run trains on image features in the place of images."""
+    with eval_mode(model):
+        return config.augment == "none" and config.max_memory is None and model.images_are_fixed
+
+
 def fixed_features(config: TrainConfig, model: FastPromptedCLIP) -> FixedFeatures | None:
     """What computes the run's image features, where the method does not change them; not below a limit of memory."""
     if config.max_memory is not None:
