@@ -39,12 +39,14 @@ NUMERIC = (
     "engine/test_ops.py",
     "engine/test_towers.py",
     "test_gpu_suite.py",
+    "test_image_features.py",
     "test_kgcoop.py",
     "test_loss_terms.py",
     "test_methods.py",
     "test_model.py",
     "test_prompts.py",
     "test_verify.py",
+    "train/test_features.py",
 )
 
 
