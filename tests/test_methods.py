@@ -219,16 +219,16 @@ def test_groups_of_images(text_batch, memory):
 
 def test_groups_follow_memory(monkeypatch):
     """Groups are of equal size and as few as the limit allows; without gradients more fits."""
-    import upt_fast.texts
+    import upt_fast.features.texts
 
     _, fast = pair("cocoop")
     with_gradients, without = (sum(fast.text_tower.need(fast._classes, backward)) for backward in (True, False))
     assert without < with_gradients
-    monkeypatch.setattr(upt_fast.texts, "TEXT_BYTES", 4 * with_gradients)
+    monkeypatch.setattr(upt_fast.features.texts, "TEXT_BYTES", 4 * with_gradients)
     assert [fast._group(batch) for batch in (1, 4, 5, 8, 9)] == [1, 4, 3, 4, 3]
     with torch.no_grad():
         assert fast._group(8) > 4
-    monkeypatch.setattr(upt_fast.texts, "TEXT_BYTES", 1)
+    monkeypatch.setattr(upt_fast.features.texts, "TEXT_BYTES", 1)
     assert fast._group(8) == 1
 
 

@@ -18,13 +18,13 @@ from upt_fast.engine.graphs import GraphedStep
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
-from upt_fast.images import PromptedImages
+from upt_fast.features.images import PromptedImages
+from upt_fast.features.texts import PromptedTexts
 from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method, make_config
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
 from upt_fast.saving import SavedWithCLIP, use_released_names
 from upt_fast.steps import MicroBatches, StepsByPlan
-from upt_fast.texts import PromptedTexts
 
 DTYPES = {
     "fp64": torch.float64,

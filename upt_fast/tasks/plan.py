@@ -14,8 +14,9 @@ from upt_fast.methods import find_method
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.saving import load_for
 from upt_fast.tasks.grid import Task
+from upt_fast.tasks.job import Member, of_one_backbone, of_one_shape, prepare
 from upt_fast.tasks.joint import MultiTask
-from upt_fast.tasks.run import Member, empty_batch, fitting, of_one_backbone, of_one_shape, prepare
+from upt_fast.tasks.run import empty_batch, fitting
 from upt_fast.tools.step_cost import step_cost
 from upt_fast.train.setup import GIB, resolve_device
 

@@ -18,9 +18,9 @@ from upt_fast.clip.frozen import FrozenCLIP, FrozenText
 from upt_fast.clip.tokens import Tokenizer, clean_classnames, tokenize_classnames, tokenize_template
 from upt_fast.engine.flops import Blocks, Flops, TextCost, VisionCost
 from upt_fast.engine.towers import PackedClasses, TextTower
+from upt_fast.features.texts import TEXT_BYTES
 from upt_fast.methods import Method, MethodConfig
 from upt_fast.prompts import LearnerSetting, PromptLearner, Prompts
-from upt_fast.texts import TEXT_BYTES
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a prompted model has of class names and of images: their features, computed, kept or given."""
