@@ -1,7 +1,9 @@
 """For all tests: deterministic torch, unwritten memory that shows as NaN, Triton's interpreter without a GPU."""
 
 import os
+import shutil
 import sys
+import tempfile
 
 # one thread in each worker and in the processes that tests start: the shapes are too small for more, and threads that
 # wait for busy cores make the suite twenty times slower
@@ -11,6 +13,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("UPT_FAST_MEASURE", "0")
 # nothing that an earlier run has kept
 os.environ["UPT_FAST_FEATURE_STORE"] = "off"
+# decoded images of the tests' datasets are not kept
+os.environ["UPT_FAST_IMAGE_CACHE"] = tempfile.mkdtemp(prefix="upt_fast_images_")
 
 import hypothesis
 import pytest
@@ -54,6 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The same random numbers whichever tests ran before."""
     torch.manual_seed(0)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["UPT_FAST_IMAGE_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

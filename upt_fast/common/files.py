@@ -39,6 +39,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("UPT_FAST_CACHE") or Path.home() / ".cache" / "upt_fast")
 
 
+def image_cache_folder() -> Path:
+    """Where decoded images are kept: $UPT_FAST_IMAGE_CACHE, by default images in :func:`cache_folder`."""
+    return Path(os.environ.get("UPT_FAST_IMAGE_CACHE") or cache_folder() / "images")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, atomically."""
     with atomic_path(path) as temporary:

@@ -1,7 +1,8 @@
 """Image folders, few-shot sampling, decoding, transforms. Names load when asked for: reading options needs no torch.
 
 A dataset becomes a FolderListing (folder.py) with names for its classes (classnames.py, wordnet.py); sampling.py draws
-few-shot splits of it, images.py decodes, transforms.py and dataset.py make batches.
+few-shot splits of it, images.py decodes, transforms.py and dataset.py make batches. Or decoding.py decodes to what
+crops need, and store.py and cached.py keep that on disk.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upt_fast.data.cached import CachedImages, cache_images
     from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset
+    from upt_fast.data.decoding import read_scaled
     from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
     from upt_fast.data.folder import FolderListing, ImageItem, scan_folder
     from upt_fast.data.images import DecodedImages, decode_images, read_rgb
     from upt_fast.data.sampling import FewShotSplit, few_shot_split, sample_few_shot
+    from upt_fast.data.store import PixelStore
     from upt_fast.data.transforms import AUGMENTATIONS, build_augmentation, build_eval_transform, build_normalize
 
 __all__ = [
     "AUGMENTATIONS",
     "AugmentedDataset",
+    "CachedImages",
     "DecodedImages",
     "Duplicates",
     "EpochBatchSampler",
@@ -27,22 +32,28 @@ __all__ = [
     "FolderListing",
     "ImageDataset",
     "ImageItem",
+    "PixelStore",
     "build_augmentation",
     "build_eval_transform",
     "build_normalize",
+    "cache_images",
     "decode_images",
     "drop_test_copies",
     "few_shot_split",
     "find_duplicates",
     "read_rgb",
+    "read_scaled",
     "sample_few_shot",
     "scan_folder",
 ]
 
 _MODULES = {
+    "CachedImages": "cached",
+    "cache_images": "cached",
     "AugmentedDataset": "dataset",
     "EpochBatchSampler": "dataset",
     "ImageDataset": "dataset",
+    "read_scaled": "decoding",
     "Duplicates": "duplicates",
     "drop_test_copies": "duplicates",
     "find_duplicates": "duplicates",
@@ -55,6 +66,7 @@ _MODULES = {
     "FewShotSplit": "sampling",
     "few_shot_split": "sampling",
     "sample_few_shot": "sampling",
+    "PixelStore": "store",
     "AUGMENTATIONS": "transforms",
     "build_augmentation": "transforms",
     "build_eval_transform": "transforms",

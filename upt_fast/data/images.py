@@ -7,10 +7,11 @@ import os
 import stat
 import struct
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -23,6 +24,7 @@ from upt_fast.data.tree import link_target
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+T = TypeVar("T")
 
 
 class ImageDecodeError(ValueError):
@@ -44,12 +46,26 @@ def read_rgb(path: str | Path) -> Image.Image:
             raise ImageDecodeError("not a regular file")
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(_upright(image))
+            return rgb_of(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and more
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        if isinstance(error, FileNotFoundError) and os.path.islink(path):
-            reason = link_target(path)
-        raise ImageDecodeError(f"cannot read {path}: {reason}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: Exception) -> ImageDecodeError:
+    """What to raise of a file for what a decoder raised."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        reason = link_target(path)
+    return ImageDecodeError(f"cannot read {path}: {reason}")
+
+
+def rgb_of(image: Image.Image) -> Image.Image:
+    """A decoded image as it is meant to be seen, as :func:`read_rgb` says.
+
+    Raises:
+        ImageDecodeError: its pixels have no set range.
+    """
+    return _to_rgb(_upright(image))
 
 
 def digest_file(path: Path) -> bytes | None:
@@ -127,38 +143,54 @@ def decode_images(
     kept: list[Tensor | None] | None = []
     used = 0
     failures: dict[int, str] = {}
+    wanted = [path for index, path in enumerate(paths) if index not in skip]
+    results = decode_each(wanted, lambda path: load(read_rgb(path)), description, progress)
+    for index in range(len(paths)):
+        result = None if index in skip else next(results)
+        if isinstance(result, str):
+            failures[index] = result
+        if kept is None:
+            continue
+        kept.append(None if isinstance(result, str) else result)
+        used += result.numel() if isinstance(result, Tensor) else 0
+        if used > limit_bytes:
+            kept = None
+    return DecodedImages(kept, failures)
 
-    def decode(index: int) -> Tensor | str | None:
-        if index in skip:
-            return None
+
+def decode_each(
+    paths: Sequence[Path], decode: Callable[[Path], T], description: str = "reading images", progress: bool = True
+) -> Iterator[T | str]:
+    """What decode gives for each file, in order, by several threads; of a file that cannot be read, the reason.
+
+    Args:
+        paths: image files.
+        decode: raises ImageDecodeError.
+        description: of the progress bar.
+        progress: whether to show it.
+    """
+
+    def decode_one(path: Path) -> T | str:
         try:
-            return load(read_rgb(paths[index]))
+            return decode(path)
         except ImageDecodeError as error:
             return str(error)
 
     # decoders release the GIL, so threads do; few in flight, or a large dataset would pile up in memory
     num_threads = min(16, os.cpu_count() or 1)
-    pending: deque[Future[Tensor | str | None]] = deque()
+    pending: deque[Future[T | str]] = deque()
     with (
         ThreadPoolExecutor(num_threads) as pool,
         tqdm(total=len(paths), desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
     ):
         submitted = 0
-        for index in range(len(paths)):
+        for _ in range(len(paths)):
             while submitted < len(paths) and len(pending) < 4 * num_threads:
-                pending.append(pool.submit(decode, submitted))
+                pending.append(pool.submit(decode_one, paths[submitted]))
                 submitted += 1
             result = pending.popleft().result()
             bar.update()
-            if isinstance(result, str):
-                failures[index] = result
-            if kept is None:
-                continue
-            kept.append(result if isinstance(result, Tensor) else None)
-            used += result.numel() if isinstance(result, Tensor) else 0
-            if used > limit_bytes:
-                kept = None
-    return DecodedImages(kept, failures)
+            yield result
 
 
 def corrupt_message(reasons: Sequence[str]) -> str:

@@ -1,0 +1,368 @@
+"""Decoded images on disk: found again, decoded anew where they are damaged, bounded, shared by processes."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from upt_fast.data import ImageItem, PixelStore, cache_images, read_scaled
+from upt_fast.data import store as store_module
+from upt_fast.data.store import KEEP_FREE
+
+DECODE = partial(read_scaled, shorter=1000)
+
+
+def write_image(path: Path, seed: int, height: int = 20, width: int = 30) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def items(tmp_path) -> list[ImageItem]:
+    (tmp_path / "data").mkdir()
+    found = []
+    for i in range(6):
+        path = tmp_path / "data" / f"{i}.png"
+        write_image(path, i, 20 + i)
+        found.append(ImageItem(path, path.name, 0, "c"))
+    return found
+
+
+def make_store(tmp_path: Path, name: str = "a", limit: int = 10**6) -> PixelStore:
+    return PixelStore(tmp_path / "stores", {"dataset": name}, limit)
+
+
+class Counted:
+    """A decoder that says which files it has read."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def __call__(self, path):
+        self.read.append(path.name)
+        return DECODE(path)
+
+
+def fill(tmp_path: Path, items: list[ImageItem], **changes):
+    decode = Counted()
+    images, failures = cache_images(items, decode, make_store(tmp_path, **changes), progress=False)
+    assert not failures
+    for item, image in zip(items, images, strict=True):
+        assert torch.equal(image, DECODE(item.path).image)
+    return images, sorted(decode.read)
+
+
+def pixel_file(tmp_path: Path, name: str = "a") -> Path:
+    (found,) = make_store(tmp_path, name).folder.glob("pixels-*")
+    return found
+
+
+def test_the_second_time_nothing_is_decoded(tmp_path, items):
+    images, read = fill(tmp_path, items)
+    assert len(read) == 6
+    assert pixel_file(tmp_path).stat().st_size == sum(3 * 30 * (20 + i) for i in range(6))
+    _, read = fill(tmp_path, items)
+    assert read == []
+    _, read = fill(tmp_path, items, name="b")
+    assert len(read) == 6
+    assert [images.read(i).full_size for i in range(6)] == [(20 + i, 30) for i in range(6)]
+
+
+def test_a_changed_file_is_decoded_anew(tmp_path, items):
+    fill(tmp_path, items)
+    before = items[2].path.stat()
+    write_image(items[2].path, 99, 22)
+    os.utime(items[2].path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert fill(tmp_path, items)[1] == ["2.png"]
+    assert fill(tmp_path, items)[1] == []
+
+
+def damage(path: Path, kind: str) -> None:
+    index = path.parent / "index.jsonl"
+    lines = index.read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line]
+    offset = rows[3][3]  # of the third image; the first row is the header
+    if kind == "pixel":
+        with path.open("r+b") as file:
+            file.seek(offset + 100)
+            value = file.read(1)[0]
+            file.seek(offset + 100)
+            file.write(bytes([value ^ 1]))
+    elif kind == "cut_off":
+        with path.open("r+b") as file:
+            file.truncate(offset + 10)
+    elif kind == "lost":
+        path.unlink()
+    elif kind == "index_lost":
+        index.unlink()
+    elif kind == "index_cut_off":
+        index.write_text(index.read_text()[:-30])
+    elif kind == "bytes":
+        index.write_bytes(index.read_bytes().replace(b'"2.png"', b'"2\xff\xfe.png"'))
+    else:
+        if kind == "header":
+            rows[0]["dataset"] = "b"
+        elif kind == "other_image":  # the pixels are whole, but another image's
+            rows[3][3:] = rows[4][3:]
+        elif kind == "sizes":  # as many pixels
+            rows[3][4:6] = rows[3][4:6][::-1]
+        elif kind == "full_size":
+            rows[3][6] += 1
+        elif kind == "huge":
+            rows[3][3] = 10**30
+        elif kind == "negative":
+            rows[3][3] = -5
+        elif kind == "types":
+            rows[3][5] = None
+        elif kind == "elsewhere":
+            rows[0]["pixels"] = "../../data/0.png"
+        index.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+DAMAGES = {
+    "pixel": 1,
+    "cut_off": 4,
+    "lost": 6,
+    "index_lost": 6,
+    "index_cut_off": 1,
+    "bytes": 1,
+    "header": 6,
+    "other_image": 1,
+    "sizes": 1,
+    "full_size": 1,
+    "huge": 1,
+    "negative": 1,
+    "types": 1,
+    "elsewhere": 6,
+}
+
+
+@pytest.mark.parametrize(("kind", "count"), DAMAGES.items(), ids=DAMAGES)
+def test_what_is_damaged_is_decoded_anew(tmp_path, items, kind, count):
+    fill(tmp_path, items)
+    damage(pixel_file(tmp_path), kind)
+    assert len(fill(tmp_path, items)[1]) == count
+    assert fill(tmp_path, items)[1] == []
+
+
+def test_an_unreadable_image_is_left_out_and_told_each_time(tmp_path, items):
+    items[1].path.write_text("no image")
+    for wanted in (6, 1):
+        decode = Counted()
+        images, failures = cache_images(items, decode, make_store(tmp_path), progress=False)
+        assert len(decode.read) == wanted
+        assert list(failures) == [1]
+        assert len(images) == 5
+        assert torch.equal(images[1], DECODE(items[2].path).image)
+
+
+@pytest.mark.parametrize("how", ["removed", "pickled", "pickled_and_removed"])
+def test_images_outlive_their_file(tmp_path, items, how):
+    images, _ = fill(tmp_path, items)
+    if "removed" in how:
+        shutil.rmtree(tmp_path / "stores")
+    if "pickled" in how:
+        images.decode = DECODE
+        images = pickle.loads(pickle.dumps(images))
+    assert all(torch.equal(image, DECODE(item.path).image) for item, image in zip(items, images, strict=True))
+
+
+def test_writing_into_an_image_leaves_the_file_alone(tmp_path, items):
+    images, _ = fill(tmp_path, items)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images[0].zero_()
+    assert fill(tmp_path, items)[1] == []
+
+
+def test_no_folder(tmp_path, items, caplog):
+    (tmp_path / "stores").write_text("a file in the way")
+    images, _ = fill(tmp_path, items)
+    assert images.entries == [None] * 6
+    assert "cannot keep decoded images in" in caplog.text
+
+
+def test_a_full_disk(tmp_path, items, caplog, monkeypatch):
+    written = []
+
+    def write(file, content):
+        written.append(len(content))
+        if len(written) > 4:  # pixels and a line of the index for each image
+            file.write(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+        file.write(content)
+
+    monkeypatch.setattr(store_module, "_write", write)
+    images, _ = fill(tmp_path, items)
+    assert [entry is None for entry in images.entries] == [False, False, True, True, True, True]
+    assert "No space left on device" in caplog.text
+    monkeypatch.undo()
+    assert fill(tmp_path, items)[1] == ["2.png", "3.png", "4.png", "5.png"]
+    assert fill(tmp_path, items)[1] == []
+
+
+def test_some_of_the_disk_is_left_to_others(tmp_path, items, caplog, monkeypatch):
+    usage = SimpleNamespace(free=KEEP_FREE + 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    images, _ = fill(tmp_path, items)
+    assert images.entries == [None] * 6
+    assert "no room in" in caplog.text
+    usage.free = KEEP_FREE + 10**6
+    assert None not in fill(tmp_path, items)[0].entries
+
+
+def test_bytes_are_bounded(tmp_path, items, caplog):
+    images, read = fill(tmp_path, items, limit=5000)
+    assert [entry is None for entry in images.entries] == [False, False, True, True, True, True]
+    assert len(read) == 6 + 4  # fill has asked for each once more
+    assert "up to 4 of 6 are decoded when used" in caplog.text
+    assert pixel_file(tmp_path).stat().st_size <= 5000
+
+
+def test_a_limit_of_zero_writes_nothing(tmp_path, items, caplog):
+    fill(tmp_path, items, limit=0)
+    assert not (tmp_path / "stores").exists()
+    assert not caplog.records
+
+
+def test_room_is_made_of_what_was_not_used_longest(tmp_path, items):
+    size = sum(3 * 30 * (20 + i) for i in range(6))
+    for age, name in enumerate("cba"):
+        fill(tmp_path, items, name=name)
+        os.utime(make_store(tmp_path, name).folder / "index.jsonl", (age, age))
+    images, _ = fill(tmp_path, items, name="new", limit=3 * size)
+    assert None not in images.entries
+    left = [name for name in "cba" if list(make_store(tmp_path, name).folder.glob("pixels-*"))]
+    assert left == ["b", "a"]
+    with make_store(tmp_path, "b").writing():  # is in use
+        os.utime(make_store(tmp_path, "b").folder / "index.jsonl", (1, 1))
+        fill(tmp_path, items, name="newer", limit=3 * size)
+    left = [name for name in ("b", "a", "new") if list(make_store(tmp_path, name).folder.glob("pixels-*"))]
+    assert left == ["b", "new"]
+
+
+def test_a_store_that_was_used_is_kept_over_one_that_was_not(tmp_path, items):
+    for name in "ab":
+        fill(tmp_path, items, name=name)
+        os.utime(make_store(tmp_path, name).folder / "index.jsonl", (1, 1))
+    fill(tmp_path, items, name="a")
+    fill(tmp_path, items, name="c", limit=30_000)
+    assert list(make_store(tmp_path, "a").folder.glob("pixels-*"))
+    assert not list(make_store(tmp_path, "b").folder.glob("pixels-*"))
+
+
+def test_waste_is_removed(tmp_path, items):
+    fill(tmp_path, items)
+    first = pixel_file(tmp_path)
+    for round_ in range(1, 4):
+        for item in items:
+            os.utime(item.path, ns=(1, round_))
+        fill(tmp_path, items)
+    size = sum(3 * 30 * (20 + i) for i in range(6))
+    assert pixel_file(tmp_path).stat().st_size <= 3 * size
+    assert not first.exists()
+
+
+def fill_in_process(tmp_path: Path, items: list[ImageItem], start, results) -> None:
+    start.wait()
+    decode = Counted()
+    cache_images(items, decode, make_store(tmp_path), progress=False)
+    results.put(decode.read)
+
+
+def test_processes_that_begin_together_decode_once(tmp_path, items):
+    context = multiprocessing.get_context("fork")
+    start, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=fill_in_process, args=(tmp_path, items, start, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    read = [name for _ in processes for name in results.get(timeout=60)]
+    for process in processes:
+        process.join()
+    assert sorted(read) == [item.path.name for item in items]
+    assert fill(tmp_path, items)[1] == []
+
+
+KILLED = """
+import os, sys
+from functools import partial
+from pathlib import Path
+from upt_fast.data import ImageItem, PixelStore, cache_images, read_scaled
+from upt_fast.data import store
+
+paths, left, write = sorted(Path(sys.argv[1], "data").iterdir()), [int(sys.argv[2])], store._write
+def kill(file, content):
+    left[0] -= 1
+    if left[0] < 0:
+        write(file, content[: len(content) // 2])
+        os.kill(os.getpid(), 9)
+    write(file, content)
+store._write = kill
+items = [ImageItem(path, path.name, 0, "c") for path in paths]
+made = PixelStore(Path(sys.argv[1], "stores"), {"dataset": "a"}, 10**6)
+cache_images(items, partial(read_scaled, shorter=1000), made)
+"""
+
+
+@pytest.mark.parametrize("writes", [4, 5], ids=["in_pixels", "in_index"])
+def test_after_a_kill_what_was_whole_is_found(tmp_path, items, writes):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(writes)], capture_output=True, timeout=100)
+    assert done.returncode == -9, done.stderr
+    assert fill(tmp_path, items)[1] == ["2.png", "3.png", "4.png", "5.png"]
+    assert fill(tmp_path, items)[1] == []
+
+
+MEMORY = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from upt_fast.data import *
+
+def anonymous():
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+torch.set_num_threads(1)
+root, count = Path(sys.argv[1]), int(sys.argv[2])
+paths = sorted(Path(root, "data").iterdir())[:count]
+items = [ImageItem(path, path.name, 0, "c") for path in paths]
+cfg = {"size": 32, "interpolation": "bicubic"}
+images, _ = cache_images(items, partial(read_scaled, shorter=1000), PixelStore(root / "stores", {"d": count}, 10**9))
+batches = BatchedAugmentation(ImageDataset(items, None, images), images, cfg, "standard", 1)
+batches.__getitems__([(0, i) for i in range(8)])
+before = anonymous()
+for epoch in range(2):
+    for first in range(0, count, 8):
+        batches.__getitems__([(epoch, i) for i in range(first, first + 8)])
+print(before, anonymous())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process's memory")
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    (tmp_path / "data").mkdir()
+    pixels = np.zeros((500, 1000, 3), dtype=np.uint8)
+    for i in range(64):
+        pixels[:] = i
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png", compress_level=1)
+    found = {}
+    for count in (8, 64):  # 12 and 96 MB of pixels
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+        before, after = map(int, done.stdout.split())
+        assert after - before < 10e6  # of two epochs
+        found[count] = after
+    assert found[64] - found[8] < 30e6  # the pass that decodes has a few images in flight
