@@ -2,7 +2,7 @@
 
 A dataset becomes a FolderListing (folder.py) with names for its classes (classnames.py, wordnet.py); sampling.py draws
 few-shot splits of it, images.py decodes, transforms.py and dataset.py make batches. Or decoding.py decodes to what
-crops need, and store.py and cached.py keep that on disk.
+crops need, store.py and cached.py keep that on disk, and batches.py makes batches of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from upt_fast.data.batches import BatchedAugmentation
     from upt_fast.data.cached import CachedImages, cache_images
     from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset
     from upt_fast.data.decoding import read_scaled
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUGMENTATIONS",
     "AugmentedDataset",
+    "BatchedAugmentation",
     "CachedImages",
     "DecodedImages",
     "Duplicates",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BatchedAugmentation": "batches",
     "CachedImages": "cached",
     "cache_images": "cached",
     "AugmentedDataset": "dataset",

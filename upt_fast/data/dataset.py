@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import read_rgb
@@ -71,6 +72,11 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.base)
+
+    @staticmethod
+    def collate(batch: Any) -> Any:
+        """A loader's batch of what it has from here."""
+        return default_collate(batch)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key

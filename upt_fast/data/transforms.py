@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 AUGMENTATIONS = ("standard", "crop", "none")
 RESIZE_MODES = ("shortest", "squash")
 CROP_SCALE = (0.08, 1.0)  # share of the image's area
+CROP_RATIO = (3 / 4, 4 / 3)  # width over height
 
 
 def image_size(preprocess_cfg: dict[str, Any]) -> tuple[int, int]:
@@ -32,7 +33,8 @@ def image_size(preprocess_cfg: dict[str, Any]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _interpolation(preprocess_cfg: dict[str, Any]) -> v2.InterpolationMode:
+def interpolation_mode(preprocess_cfg: dict[str, Any]) -> v2.InterpolationMode:
+    """How a CLIP's images are resized, by its settings."""
     name = preprocess_cfg.get("interpolation", "bicubic")
     return v2.InterpolationMode.BICUBIC if name == "random" else v2.InterpolationMode(name)
 
@@ -44,7 +46,7 @@ def build_eval_transform(preprocess_cfg: dict[str, Any]) -> Callable[[Image.Imag
         ValueError: resize_mode is not supported.
     """
     height, width = image_size(preprocess_cfg)
-    interpolation = _interpolation(preprocess_cfg)
+    interpolation = interpolation_mode(preprocess_cfg)
     mode = preprocess_cfg.get("resize_mode", "shortest")
     if mode not in RESIZE_MODES:
         raise ValueError(f"resize_mode={mode!r} of this CLIP; wanted one of {', '.join(RESIZE_MODES)}")
@@ -94,7 +96,11 @@ def build_augmentation(
         return build_eval_transform(preprocess_cfg), None
     steps: list[Any] = [
         v2.RandomResizedCrop(
-            image_size(preprocess_cfg), scale=CROP_SCALE, interpolation=_interpolation(preprocess_cfg), antialias=True
+            image_size(preprocess_cfg),
+            scale=CROP_SCALE,
+            ratio=CROP_RATIO,
+            interpolation=interpolation_mode(preprocess_cfg),
+            antialias=True,
         )
     ]
     if augment == "standard":
