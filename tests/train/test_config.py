@@ -46,6 +46,8 @@ REQUIRED = {"data": "d", "out": "r", "clip": "tiny-digits"}
         {"cache_gib": -1.0},
         {"feature_store_gib": -1.0},
         {"feature_store": ""},
+        {"cache_size": 0},
+        {"cache": "some"},
         {"on_corrupt": "ignore"},
         {"final_model": "first"},
         {"preset": "other"},

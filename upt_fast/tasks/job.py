@@ -19,7 +19,9 @@ from upt_fast.tasks.grid import Task
 from upt_fast.tasks.table import Row
 from upt_fast.train.checkpoint import is_run, read_json, write_json
 from upt_fast.train.config import TrainConfig
+from upt_fast.train.images import with_cache
 from upt_fast.train.loop import Run, finished
+from upt_fast.train.setup import CONFIG_FILE
 from upt_fast.train.trainer import Batch, Steps
 
 logger = logging.getLogger("upt_fast")
@@ -135,6 +137,7 @@ def prepare(tasks: Sequence[Task], out: Path, resume: bool) -> Job:
     members = []
     for task in tasks:
         config = task.config.changed(resume=is_run(Path(task.config.out)), progress=False)
+        config = with_cache(config, Path(config.out) / CONFIG_FILE)
         member = Member(Task(task.name, config), Row(task.name))
         try:
             if (results := finished(config)) is not None:

@@ -18,7 +18,8 @@ from upt_fast.tasks.job import Member, of_one_backbone, of_one_shape, prepare
 from upt_fast.tasks.joint import MultiTask
 from upt_fast.tasks.run import empty_batch, fitting
 from upt_fast.tools.step_cost import step_cost
-from upt_fast.train.setup import GIB, resolve_device
+from upt_fast.train.images import GIB
+from upt_fast.train.setup import resolve_device
 
 
 class GroupPlan(NamedTuple):

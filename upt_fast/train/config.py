@@ -120,7 +120,19 @@ class TrainConfig:
     device: str = _option("auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "auto")
     cuda_graph: bool = _option("on a GPU, replay steps from a CUDA graph where they can be captured", True)
     num_workers: int | None = _option("processes that load images; none: 0 on the CPU, up to 8 for a GPU", None)
-    cache_gib: float = _option("GiB of memory for decoded images; sets that need more are decoded when used", 1.0)
+    cache: Literal["scaled", "exact"] | None = _option(
+        "decoded images: scaled (on disk, training images no larger than crops need) or exact (in memory, training "
+        "images as their files have them); none: scaled, or as the run that is resumed",
+        None,
+    )
+    cache_size: int | None = _option(
+        "of scaled: pixels of a training image's shorter side at most; none: twice the CLIP's image size", None
+    )
+    cache_gib: float | None = _option(
+        "GiB for decoded images, beyond which they are decoded when used: scaled, of disk for all datasets together "
+        "(none: 16); exact, of memory (none: 1)",
+        None,
+    )
     feature_store: str | None = _option(
         "folder that keeps image features that no prompt changes (zero-shot, CoOp, CoCoOp, KgCoOp), for evaluation and "
         "training with augment none, or off; none: $UPT_FAST_FEATURE_STORE, else in the cache folder",
@@ -156,7 +168,7 @@ class TrainConfig:
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):
             require_int(name, getattr(self, name), minimum)
-        for name, minimum in (("num_workers", 0), ("text_batch", 1), ("patience", 1)):
+        for name, minimum in (("num_workers", 0), ("text_batch", 1), ("patience", 1), ("cache_size", 1)):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), minimum)
         for name, positive in (
@@ -167,11 +179,15 @@ class TrainConfig:
             ("feature_store_gib", False),
         ):
             value = getattr(self, name)
+            if value is None and name == "cache_gib":
+                continue
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise ValueError(f"{name}={value!r}; wanted a {'positive' if positive else 'non-negative'} number")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}; wanted a number in [0, 1)")
+        if self.cache is not None:
+            require_choice("cache", self.cache, ("scaled", "exact"))
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 require_choice(name, getattr(self, name), get_args(hint))
@@ -241,7 +257,8 @@ class TrainConfig:
         """Settings of this run that matter and differ from another's (to_dict), as "name: theirs there, ours here"."""
         mine = self.to_dict()
         # what a run of an older version did not ask has its default, which is what that version did
-        other = {option.name: option.default for option in fields(self) if option.default is not MISSING} | dict(other)
+        defaults = {option.name: option.default for option in fields(self) if option.default is not MISSING}
+        other = defaults | {"cache": "exact"} | dict(other)
         if other.get("method") != mine["method"]:  # then the options differ in kind
             mine = {name: mine[name] for name in train_fields()}
         return [

@@ -37,10 +37,10 @@ from upt_fast.train.checkpoint import (
 )
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.evaluation import evaluate
+from upt_fast.train.images import GIB, with_cache
 from upt_fast.train.setup import (
     CHOICES_FILE,
     CONFIG_FILE,
-    GIB,
     LATER_KEYS,
     RESULTS_FILE,
     SPLIT_FILE,
@@ -75,6 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: bad data, model or option; config.out holds a run already, or with resume none or a different one.
         TrainingDivergedError: the loss or a parameter is NaN or infinite; the last checkpoint is good.
     """
+    config = with_cache(config, Path(config.out) / CONFIG_FILE)
     if (results := finished(config)) is not None:
         return results
     run = Run.prepare(config)

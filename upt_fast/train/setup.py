@@ -18,9 +18,8 @@ from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.duplicates import Duplicates, drop_test_copies
 from upt_fast.data.feature_store import open_store
 from upt_fast.data.folder import FolderListing, ImageItem
-from upt_fast.data.images import corrupt_message, decode_images
+from upt_fast.data.images import corrupt_message
 from upt_fast.data.sampling import FewShotSplit
-from upt_fast.data.transforms import build_augmentation, build_eval_transform
 from upt_fast.engine.workspace import keep_heap_small
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.saving import load_for
@@ -29,11 +28,11 @@ from upt_fast.train.batches import device_of, eval_mode
 from upt_fast.train.checkpoint import LOCK_FILE, is_run, read_json
 from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
-from upt_fast.train.features import FeatureDataset, FixedFeatures
+from upt_fast.train.features import FixedFeatures
+from upt_fast.train.images import RunImages
 
 logger = logging.getLogger("upt_fast")
 
-GIB = 2**30
 CONFIG_FILE, SPLIT_FILE, RESULTS_FILE = "config.json", "split.json", "results.json"
 CHOICES_FILE = "choices.json"
 LATER_KEYS = ("folders", "duplicates")  # of split.json, which runs of earlier versions do not have
@@ -166,43 +165,24 @@ def load_data(
     split: FewShotSplit,
     duplicates: Duplicates,
 ) -> RunData:
-    """Decode every image that the run reads, and keep in memory what fits."""
+    """Decode every image that the run reads, and keep what fits where the config says."""
     dropped = duplicates.test_copies if config.duplicates == "drop" else ()
     if dropped:
         split = drop_test_copies(split, duplicates)
-    load_eval = build_eval_transform(preprocess_cfg(model))
-    load_train, transform = build_augmentation(preprocess_cfg(model), config.augment)
-    if transform is None:
-        load_train = load_eval
-    limit = int(config.cache_gib * GIB)
+    kept = RunImages(config, preprocess_cfg(model), listing.root, device_of(model), fixed_features(config, model))
     failures = [reason for reasons in listing.broken.values() for reason in reasons]
-    fixed = fixed_features(config, model)
-    datasets: list[ImageDataset] = []
-    for name, items, load in (
-        ("training", split.train, load_train),
-        ("validation", split.val, load_eval),
-        ("test", split.test, load_eval),
-    ):
-        paths, source = [item.path for item in items], fixed if load is load_eval else None
-        known = [] if source is None else source.look_up(paths)
-        there = {i for i, entry in enumerate(known) if entry.row is not None}
-        decoded = decode_images(paths, load, limit, f"reading {name} images", config.progress, skip=there)
-        failures += decoded.failures.values()
-        limit -= decoded.num_bytes
-        if decoded.images is None:
-            logger.info("%s images need more than what is left of %s GiB: decoded when used", name, config.cache_gib)
-        good = [i for i in range(len(items)) if i not in decoded.failures]
-        images = None if decoded.images is None else [decoded.images[i] for i in good]
-        dataset = ImageDataset([items[i] for i in good], load, images)
-        datasets.append(dataset if source is None else FeatureDataset(dataset, source, [known[i] for i in good]))
+    train, failed = kept.training(split.train)
+    val, failed_val = kept.evaluation("validation", split.val)
+    test, failed_test = kept.evaluation("test", split.test)
+    failures += [*failed, *failed_val, *failed_test]
     if failures:
         if config.on_corrupt == "error":
             raise ValueError(f"{corrupt_message(failures)}; remove them, or leave them out with --on-corrupt skip")
         logger.warning("left out: %s", corrupt_message(failures))
-        trained = {item.label for item in datasets[0].items}
+        trained = {item.label for item in train.base.items}
         if lost := [name for label, name in enumerate(listing.classnames) if label not in trained]:
             raise ValueError(f"no training image is left of {len(lost)} class(es): {shorten(lost)}")
-        if not len(datasets[2]):
+        if not len(test):
             raise ValueError("no test image is left; wanted at least one that can be read")
     return RunData(
         classnames=listing.classnames,
@@ -210,9 +190,9 @@ def load_data(
         split=split,
         duplicates=duplicates,
         dropped=dropped,
-        train=AugmentedDataset(datasets[0], transform, config.seed),
-        val=datasets[1] if len(datasets[1]) else None,
-        test=datasets[2],
+        train=train,
+        val=val if len(val) else None,
+        test=test,
         skipped=failures,
     )
 

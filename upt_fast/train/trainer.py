@@ -97,6 +97,7 @@ class Trainer:
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             data.train,  # type: ignore[arg-type]
             batch_sampler=self.sampler,  # type: ignore[arg-type]
+            collate_fn=data.train.collate,
             num_workers=loaders,
             persistent_workers=loaders > 0,
             pin_memory=self.device.type == "cuda",
