@@ -51,18 +51,18 @@ def draw_box(height: int, width: int, flip: bool, generator: torch.Generator) ->
         generator: of the random numbers.
     """
     box = _draw_crop(height, width, generator)
-    return box._replace(flip=flip and bool(torch.rand(1, generator=generator) < 0.5))
+    return box._replace(flip=flip and torch.rand(1, generator=generator).item() < 0.5)
 
 
 def _draw_crop(height: int, width: int, generator: torch.Generator) -> Box:
+    number, start = torch.empty(1), torch.empty(1, dtype=torch.int64)
     for _ in range(ATTEMPTS):
-        area = height * width * torch.empty(1).uniform_(*CROP_SCALE, generator=generator).item()
-        ratio = torch.exp(torch.empty(1).uniform_(*LOG_RATIO, generator=generator)).item()
+        area = height * width * number.uniform_(*CROP_SCALE, generator=generator).item()
+        ratio = number.uniform_(*LOG_RATIO, generator=generator).exp_().item()
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top = int(torch.randint(0, height - h + 1, (1,), generator=generator))
-            left = int(torch.randint(0, width - w + 1, (1,), generator=generator))
-            return Box(top, left, h, w)
+            top, left = (start.random_(0, 1 + room, generator=generator).item() for room in (height - h, width - w))
+            return Box(int(top), int(left), h, w)
     h, w = height, width
     if width / height < CROP_RATIO[0]:
         h = round(width / CROP_RATIO[0])
@@ -234,8 +234,10 @@ class BatchedAugmentation(AugmentedDataset):
         batch = torch.empty(len(keys), 3, *self.size, dtype=torch.uint8)
         threads = min(torch.get_num_threads(), len(keys))  # 1 in a loader's processes
 
-        def fill(first: int) -> None:
-            for i in range(first, len(keys), threads):
+        left = iter(range(len(keys)))  # of which each thread takes the next
+
+        def fill(_: int) -> None:
+            for i in left:
                 self._resize_into(batch[i], self._draw(keys[i]))
 
         if threads == 1:
@@ -264,9 +266,11 @@ class BatchedAugmentation(AugmentedDataset):
             box = (part.cols[0], part.rows[0], part.cols[1], part.rows[1])
             filter_ = Image.Resampling[self.mode.name.removesuffix("_EXACT")]
             resized = F.pil_to_tensor(pixels.resize(self.size[::-1], filter_, box))
+        if not part.flip:
+            np.copyto(image.numpy(), resized.numpy())
+            return
         rows, source = image.view(-1, self.size[1]), resized.reshape(-1, self.size[1])
-        # several threads copy pieces that PyTorch does not share out: its own would wait for each other
+        # several threads mirror pieces that PyTorch does not share out: its own would wait for each other
         step = max(1, GRAIN // self.size[1]) if torch.get_num_threads() > 1 else len(rows)
         for first in range(0, len(rows), step):
-            piece = source[first : first + step]
-            rows[first : first + step] = piece.flip(-1) if part.flip else piece
+            rows[first : first + step] = source[first : first + step].flip(-1)

@@ -113,6 +113,6 @@ def build_normalize(preprocess_cfg: dict[str, Any]) -> Callable[[Tensor], Tensor
     return v2.Compose(
         [
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(preprocess_cfg["mean"]), list(preprocess_cfg["std"])),
+            v2.Normalize(list(preprocess_cfg["mean"]), list(preprocess_cfg["std"]), inplace=True),  # of the new one
         ]
     )
