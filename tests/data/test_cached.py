@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,15 @@ def test_writing_into_an_image_leaves_the_file_alone(tmp_path, items):
         warnings.simplefilter("error")
         images[0].zero_()
     assert fill(tmp_path, items)[1] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of mappings")
+def test_files_may_be_larger_than_memory(tmp_path, items):
+    images, _ = fill(tmp_path, items)
+    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    flags = [text.rsplit("VmFlags:", 1)[1].split() for text in mappings if str(images.pixels) in text]
+    assert flags
+    assert all("nr" in found and "ac" not in found for found in flags)  # no reserve, not accounted
 
 
 def test_no_folder(tmp_path, items, caplog):

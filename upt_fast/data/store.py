@@ -19,6 +19,7 @@ import mmap
 import os
 import secrets
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from io import FileIO
@@ -35,6 +36,9 @@ logger = logging.getLogger("upt_fast")
 FORMAT = 1
 INDEX_FILE, LOCK_FILE = "index.jsonl", ".lock"
 KEEP_FREE = 2**30  # bytes of the disk that are left to others
+# private, so that nobody writes into the file; without memory set aside for that, or files larger than it are refused
+MAP_FLAGS = mmap.MAP_PRIVATE | (getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0)
+MAP_ACCESS = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class FileKey(NamedTuple):
@@ -211,8 +215,7 @@ def map_pixels(path: Path) -> Tensor | None:
     """A file of pixels as (N,) uint8 that takes no memory of the process; None where there is none, or an empty one."""
     try:
         with open(path, "rb") as file:
-            # private, so that nobody writes into the file through it
-            return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0, flags=MAP_FLAGS, prot=MAP_ACCESS), dtype=torch.uint8)
     except (OSError, ValueError):
         return None
 
