@@ -4,13 +4,14 @@
 usual loader: ImageFolder, RandomResizedCrop and flip by Pillow, normalisation by image. The first three are measured to
 normalised float32 batches where ``normalized`` says so, else to uint8 ones; torchvision's always are normalised.
 
-All but ``scaled`` run with one thread of PyTorch's in each process, which is the best for them: with more they are as
-fast on a quiet machine and up to ten times as slow on a busy one.
+All but ``scaled`` without loader processes run with one thread of PyTorch's in each process, which is best for them:
+more are as fast on a quiet machine and up to ten times as slow on a busy one.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -76,7 +77,7 @@ class Way:
 
     def __init__(self, name: str, data: Path, stores: Path, num_workers: int, normalized: bool) -> None:
         os.environ["UPT_FAST_IMAGE_CACHE"] = str(stores)
-        self.threads = THREADS if name == "scaled" else 1
+        self.threads = THREADS if name == "scaled" and num_workers == 0 else 1
         self.normalize = build_normalize(CFG) if normalized else None
         self.sampler: EpochBatchSampler | None = None
         kept = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
@@ -152,10 +153,10 @@ def test_second_epoch(benchmark, folder: Path, num_workers: int, normalized: boo
 def test_first_epoch(benchmark, folder: Path, num_workers: int) -> None:  # type: ignore[no-untyped-def]
     """From an empty cache to the end of the first epoch, with the pass that finds images that cannot be read."""
     benchmark.group = f"first epoch of {COUNT} photographs, workers={num_workers}"
-    stores = folder / "new"
+    new = itertools.count()
 
     def run(name: str) -> int:
-        shutil.rmtree(stores, ignore_errors=True)
+        stores = folder / f"new-{num_workers}-{next(new)}"
         return Way(name, folder / "photographs", stores, num_workers, normalized=False).epoch(0)
 
     found = rates({name: lambda name=name: run(name) for name in [*WAYS, "torchvision"]}, ROUNDS)

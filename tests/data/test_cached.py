@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import warnings
 from functools import partial
@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upt_fast.data import ImageItem, PixelStore, cache_images, read_scaled
+from upt_fast.data import BatchedAugmentation, ImageDataset, ImageItem, PixelStore, cache_images, read_scaled
 from upt_fast.data import store as store_module
 from upt_fast.data.store import KEEP_FREE
 
@@ -285,6 +285,14 @@ def test_waste_is_removed(tmp_path, items):
     assert not first.exists()
 
 
+def forked(function, *args) -> int:
+    """Call a function in a process of its own; returns its exit status."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join(timeout=100)
+    return process.exitcode
+
+
 def fill_in_process(tmp_path: Path, items: list[ImageItem], start, results) -> None:
     start.wait()
     decode = Counted()
@@ -305,74 +313,59 @@ def test_processes_that_begin_together_decode_once(tmp_path, items):
     assert fill(tmp_path, items)[1] == []
 
 
-KILLED = """
-import os, sys
-from functools import partial
-from pathlib import Path
-from upt_fast.data import ImageItem, PixelStore, cache_images, read_scaled
-from upt_fast.data import store
+def fill_and_die(tmp_path: Path, items: list[ImageItem], writes: int) -> None:
+    left = [writes]
+    write = store_module._write
 
-paths, left, write = sorted(Path(sys.argv[1], "data").iterdir()), [int(sys.argv[2])], store._write
-def kill(file, content):
-    left[0] -= 1
-    if left[0] < 0:
-        write(file, content[: len(content) // 2])
-        os.kill(os.getpid(), 9)
-    write(file, content)
-store._write = kill
-items = [ImageItem(path, path.name, 0, "c") for path in paths]
-made = PixelStore(Path(sys.argv[1], "stores"), {"dataset": "a"}, 10**6)
-cache_images(items, partial(read_scaled, shorter=1000), made)
-"""
+    def write_or_die(file, content) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            write(file, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(file, content)
+
+    store_module._write = write_or_die
+    cache_images(items, DECODE, make_store(tmp_path), progress=False)
 
 
 @pytest.mark.parametrize("writes", [4, 5], ids=["in_pixels", "in_index"])
 def test_after_a_kill_what_was_whole_is_found(tmp_path, items, writes):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(writes)], capture_output=True, timeout=100)
-    assert done.returncode == -9, done.stderr
+    assert forked(fill_and_die, tmp_path, items, writes) == -signal.SIGKILL
     assert fill(tmp_path, items)[1] == ["2.png", "3.png", "4.png", "5.png"]
     assert fill(tmp_path, items)[1] == []
 
 
-MEMORY = """
-import sys
-from functools import partial
-from pathlib import Path
-import torch
-from upt_fast.data import *
+def anonymous() -> int:
+    """Bytes of memory that are the process's own, not a file's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["RssAnon"].split()[0])
 
-def anonymous():
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024
 
-torch.set_num_threads(1)
-root, count = Path(sys.argv[1]), int(sys.argv[2])
-paths = sorted(Path(root, "data").iterdir())[:count]
-items = [ImageItem(path, path.name, 0, "c") for path in paths]
-cfg = {"size": 32, "interpolation": "bicubic"}
-images, _ = cache_images(items, partial(read_scaled, shorter=1000), PixelStore(root / "stores", {"d": count}, 10**9))
-batches = BatchedAugmentation(ImageDataset(items, None, images), images, cfg, "standard", 1)
-batches.__getitems__([(0, i) for i in range(8)])
-before = anonymous()
-for epoch in range(2):
-    for first in range(0, count, 8):
-        batches.__getitems__([(epoch, i) for i in range(first, first + 8)])
-print(before, anonymous())
-"""
+def train_and_measure(tmp_path: Path, items: list[ImageItem], results) -> None:
+    store = PixelStore(tmp_path / "stores", {"images": len(items)}, 10**9)
+    images, _ = cache_images(items, DECODE, store, progress=False)
+    cfg = {"size": 32, "interpolation": "bicubic"}
+    augmented = BatchedAugmentation(ImageDataset(items, None, images), images, cfg, "standard", 1)
+    augmented.__getitems__([(0, i) for i in range(8)])
+    before = anonymous()
+    for epoch in range(2):
+        for first in range(0, len(items), 8):
+            augmented.__getitems__([(epoch, i) for i in range(first, first + 8)])
+    results.put((before, anonymous()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process's memory")
 def test_memory_does_not_grow_with_the_set(tmp_path):
-    (tmp_path / "data").mkdir()
     pixels = np.zeros((500, 1000, 3), dtype=np.uint8)
+    items = []
     for i in range(64):
         pixels[:] = i
-        Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png", compress_level=1)
+        items.append(ImageItem(tmp_path / f"{i:02}.png", f"{i:02}.png", 0, "c"))
+        Image.fromarray(pixels).save(items[-1].path, compress_level=1)
     found = {}
     for count in (8, 64):  # 12 and 96 MB of pixels
-        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(count)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-        before, after = map(int, done.stdout.split())
-        assert after - before < 10e6  # of two epochs
-        found[count] = after
+        results = multiprocessing.get_context("fork").Queue()
+        assert forked(train_and_measure, tmp_path, items[:count], results) == 0
+        before, found[count] = results.get(timeout=10)
+        assert found[count] - before < 10e6  # of two epochs
     assert found[64] - found[8] < 30e6  # the pass that decodes has a few images in flight
