@@ -254,7 +254,10 @@ class TrainConfig:
         return values | _plain(self.method_config(), self.method)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Settings of this run that matter and differ from another's (to_dict), as "name: theirs there, ours here"."""
+        """Settings of this run that matter and differ from another's (to_dict), as "name: theirs there, ours here".
+
+        cache=None is what the other has.
+        """
         mine = self.to_dict()
         # what a run of an older version did not ask has its default, which is what that version did
         defaults = {option.name: option.default for option in fields(self) if option.default is not MISSING}
@@ -264,7 +267,7 @@ class TrainConfig:
         return [
             f"{name}: {other.get(name)!r} there, {value!r} here"
             for name, value in mine.items()
-            if name not in FREE_ON_RESUME and other.get(name) != value
+            if name not in FREE_ON_RESUME and other.get(name) != value and (name, value) != ("cache", None)
         ]
 
 
