@@ -16,19 +16,14 @@ HELP = "train prompts on a directory of images"
 
 def add_options(parser: ArgumentParser, method: Method) -> None:
     """Add the options of a run and of its method."""
-    parser.description = f"{HELP}; shown for {method.title}, another with --method"
+    parser.description = (
+        f"{HELP}; shown for {method.title}, another with --method. Many runs as one job: upt-fast train --tasks FILE"
+    )
     recipes = ", ".join(list_recipes())
     parser.add_argument(
         "--config",
         action="config",
         help=f"YAML or JSON file of these options, or a recipe by name ({recipes}); later options override it",
-    )
-    parser.add_argument(
-        "--tasks",
-        type=str | None,
-        default=None,
-        help="instead of all others but --out and --resume: YAML file of many tasks, trained together; see train "
-        "--tasks FILE --help",
     )
     add_run_options(parser, method)
 
@@ -37,7 +32,6 @@ def run(options: Namespace) -> int:
     """Train, and say how accurate it became."""
     values = options.as_dict()
     values.pop("config", None)
-    values.pop("tasks", None)
     config = TrainConfig.from_dict(values)  # before torch, so that a bad value is told at once
     from upt_fast.train.loop import train
 
