@@ -243,7 +243,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
             the loss (), and the logits (B, C), float32 (float64 in a float64 CLIP).
         """
         if self._loss_terms is None:
-            logits = self(images, image_features=image_features).to(self.logit_scale.dtype)
+            given = {} if image_features is None else {"image_features": image_features}
+            logits = self(images, **given).to(self.logit_scale.dtype)  # forward may be a subclass's, of images alone
             return loss(logits, labels), logits
         logits, features, texts = self._logits_and_features(images, image_features)
         logits = logits.to(self.logit_scale.dtype)

@@ -306,8 +306,8 @@ def test_ddp_with_a_communication_hook():
 
 
 def test_nothing_is_concatenated_layer_by_layer():
-    """One torch.cat remains per set of class names, when they are packed."""
+    """One torch.cat remains per set of class names, when they are packed, and one behind the groups of a step in parts."""
     root = Path(__file__).parents[2]
     for path in [*(root / "upt_fast" / "engine" / "towers").glob("*.py"), *(root / "kernels").glob("*.py")]:
-        if path.name != "packing.py":
+        if path.name not in ("packing.py", "groups.py"):
             assert "torch.cat" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path
