@@ -306,7 +306,7 @@ def test_ddp_with_a_communication_hook():
 
 
 def test_nothing_is_concatenated_layer_by_layer():
-    """One torch.cat remains per set of class names, when they are packed, and one behind the groups of a step in parts."""
+    """One torch.cat remains per set of class names, when packed, and one behind the groups of a step in parts."""
     root = Path(__file__).parents[2]
     for path in [*(root / "upt_fast" / "engine" / "towers").glob("*.py"), *(root / "kernels").glob("*.py")]:
         if path.name not in ("packing.py", "groups.py"):
