@@ -64,13 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     out: str | None = None
     try:
-        options = _parse(arguments)
+        commands = _commands(arguments)
+        options = _parse(arguments, commands)
         command: Namespace = options[options.subcommand]
-        module = COMMANDS[options.subcommand]
-        if command.get("tasks") is not None:
-            module, out = train_tasks, None
-        elif options.subcommand == "train":
-            out = command.get("out")
+        module = commands[options.subcommand]
+        out = command.get("out") if module is train else None
         with Messages(debug):
             code: int = module.run(command)
             return code
@@ -90,12 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return say(f"error: {found[0]}", found[1])
 
 
-def _parse(arguments: list[str]) -> Namespace:
-    method = find_method(MAIN_METHOD)
-    commands, jobs = COMMANDS, any(argument.partition("=")[0] == "--tasks" for argument in arguments)
-    if arguments[:1] == ["train"] and jobs:
-        commands = COMMANDS | {"train": train_tasks}
-    elif arguments[:1] == ["train"]:
+def _commands(arguments: list[str]) -> dict[str, ModuleType]:
+    """The commands by name; ``train --tasks`` is one of its own."""
+    jobs = arguments[:1] == ["train"] and any(argument.partition("=")[0] == "--tasks" for argument in arguments)
+    return COMMANDS | {"train": train_tasks} if jobs else COMMANDS
+
+
+def _parse(arguments: list[str], commands: dict[str, ModuleType]) -> Namespace:
+    method, trains = find_method(MAIN_METHOD), arguments[:1] == ["train"] and commands["train"] is train
+    if trains:
         arguments, method = read_train_arguments(arguments)
     parser = _parser()
     parsers: dict[str, ArgumentParser] = {}
@@ -106,7 +107,7 @@ def _parse(arguments: list[str]) -> Namespace:
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        if commands["train"] is train and arguments[:1] == ["train"] and (unknown := _unknown_options(str(error))):
+        if trains and (unknown := _unknown_options(str(error))):
             raise ValueError(_unknown_message(unknown, method, parsers["train"])) from error
         raise
 

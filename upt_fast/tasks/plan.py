@@ -9,17 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from upt_fast.clip.open_clip import frozen_clip
-from upt_fast.methods import find_method
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.saving import load_for
+from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.job import Member, of_one_backbone, of_one_shape, prepare
 from upt_fast.tasks.joint import MultiTask
 from upt_fast.tasks.run import empty_batch, fitting
-from upt_fast.tools.step_cost import step_cost
 from upt_fast.train.images import GIB
-from upt_fast.train.setup import resolve_device
 
 
 class GroupPlan(NamedTuple):
@@ -56,43 +52,39 @@ def plan_tasks(tasks: Sequence[Task], max_memory: int | None = None) -> list[Gro
     job = prepare(tasks, tasks[0].out, resume=False)
     plans: list[GroupPlan] = []
     for members in of_one_backbone(job.members):
-        config = members[0].config
-        device = resolve_device(config.device)
-        loaded, options = load_for(
-            config.clip, config.to_dict()["pretrained"], config.precision, str(device), None, config.quick_gelu, {}
-        )
-        frozen = frozen_clip(loaded.model)
-        backbone: FastPromptedCLIP | None = FastPromptedCLIP.from_loaded(
-            loaded, ["a"], method="zeroshot", memory=config.memory, backend=config.backend, **options
-        )
-        speed: float | None = None
+        backbone: FastPromptedCLIP | None = None
+        speed: float | None = None  # FLOP/s
         for group in of_one_shape(members):
             left = list(group)
             while left:
                 chosen, backbone = fitting(left, backbone, max_memory)
                 left = left[len(chosen) :]
-                flops, steps, work = 0, 0, 0
-                for member in chosen:
-                    assert member.run is not None
-                    method, own = find_method(member.config.method), member.config.method_config()
-                    member.size = min(member.config.batch_size, len(member.run.split.train))
-                    names = member.run.listing.classnames
-                    cost = step_cost(frozen, names, method, own, member.size, loaded.tokenizer).engine.total
-                    per_epoch = max(1, len(member.run.split.train) // member.config.batch_size)
-                    trained = any(True for _ in member.model.parameters()) if member.model is not None else False
-                    member.end = member.config.epochs * per_epoch if trained else 0
-                    flops, steps, work = flops + cost, max(steps, member.end), work + cost * member.end
-                together = MultiTask([m.model for m in chosen if m.model is not None])
-                if speed is None and steps:
-                    speed = flops / _seconds(together, chosen)
-                sizes = [member.size for member in chosen]
-                names_of = tuple(member.task.name for member in chosen)
-                memory = together.predict_peak_memory(sizes)
-                seconds = work / speed if speed else 0.0
-                plans.append(GroupPlan(names_of, chosen[0].config.method, steps, sum(sizes), flops, memory, seconds))
+                plan, work, together = _plan(chosen)
+                if speed is None and work:
+                    speed = plan.flops / _seconds(together, chosen)
+                plans.append(plan._replace(seconds=work / speed if speed else 0.0))
                 for member in chosen:
                     member.model = None
     return plans
+
+
+def _plan(group: Sequence[Member]) -> tuple[GroupPlan, int, MultiTask]:
+    """The plan of a group, still without time; the FLOPs of all its steps; and its models together."""
+    flops, steps, work, models = 0, 0, 0, []
+    for member in group:
+        assert member.run is not None
+        assert member.model is not None
+        model, batch_size, images = member.model, member.config.batch_size, len(member.run.split.train)
+        member.size = min(batch_size, images)
+        cost = Step(model, member.size).flops(member.config.memory, member.size, len(model.classnames))
+        trained = any(True for _ in model.parameters())
+        member.end = member.config.epochs * max(1, images // batch_size) if trained else 0
+        flops, steps, work = flops + cost, max(steps, member.end), work + cost * member.end
+        models.append(model)
+    together, sizes = MultiTask(models), [member.size for member in group]
+    names = tuple(member.task.name for member in group)
+    memory = together.predict_peak_memory(sizes)
+    return GroupPlan(names, group[0].config.method, steps, sum(sizes), flops, memory, 0.0), work, together
 
 
 def _seconds(together: MultiTask, members: Sequence[Member]) -> float:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from upt_fast.engine.memory import Need, peak
 from upt_fast.model import FastPromptedCLIP
+from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.job import Job, Member, Randomness, of_one_backbone, of_one_shape, prepare
 from upt_fast.tasks.joint import MultiTask
@@ -33,12 +35,6 @@ from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.recording import TrainingDivergedError
 from upt_fast.train.setup import RESULTS_FILE, SPLIT_FILE, build_model, fixed_features_train, resolve_device
 from upt_fast.train.trainer import Batch
-
-logger = logging.getLogger("upt_fast")
-
-JOB_FILE = "tasks.json"
-# what is one backbone's, and may not differ among its siblings
-OF_THE_BACKBONE = ("clip", "pretrained", "quick_gelu", "precision", "memory", "backend", "text_batch", "device")
 
 
 def train_tasks(
@@ -83,7 +79,7 @@ def _train_groups(
         left = [member for member in left if member not in group]
         if any(member.run is not None and member.error is None for member in group):
             backbone = _train_group(job, group, backbone, table)
-    while left := [member for member in left if member.error is None and (member.run is not None)]:
+    while left := [member for member in left if member.error is None and member.run is not None]:
         group, backbone = fitting(left, backbone, max_memory)
         left = left[len(group) :]
         job.groups.append([member.task.name for member in group])
@@ -93,33 +89,27 @@ def _train_groups(
 
 
 def _model(member: Member, backbone: FastPromptedCLIP | None) -> FastPromptedCLIP:
-    config = member.config
-    classnames = _classnames(member)
-    return build_model(config, classnames, Path(config.out), resolve_device(config.device), backbone)
-
-
-def _classnames(member: Member) -> Sequence[str]:
-    if member.run is not None:
-        return member.run.listing.classnames
-    names: list[str] = read_json(Path(member.config.out) / SPLIT_FILE)["classnames"]
-    return names
+    config, out = member.config, Path(member.config.out)
+    run = member.run
+    classnames = read_json(out / SPLIT_FILE)["classnames"] if run is None else run.listing.classnames
+    return build_model(config, classnames, out, resolve_device(config.device), backbone)
 
 
 def fitting(
     members: Sequence[Member], backbone: FastPromptedCLIP | None, max_memory: int | None
 ) -> tuple[list[Member], FastPromptedCLIP]:
     """The first tasks whose step needs no more memory than there is, at least one."""
-    limit, chosen = max_memory, []
+    limit, chosen, needs = max_memory, list[Member](), list[Need]()
     for member in members:
         member.model = _model(member, backbone)
         backbone = backbone or member.model
-        chosen.append(member)
         if limit is None:
             limit = room(resolve_device(member.config.device))
-        models = [m.model for m in chosen if m.model is not None]
-        if len(chosen) > 1 and MultiTask(models).predict_peak_memory([m.config.batch_size for m in chosen]) > limit:
-            chosen.pop().model = None
+        needs += Step(member.model, member.config.batch_size).needs()
+        if chosen and peak(*needs) > limit:
+            member.model = None
             break
+        chosen.append(member)
     assert backbone is not None
     return chosen, backbone
 
@@ -213,7 +203,7 @@ def _step(job: Job, together: MultiTask, sharing: Sequence[Member], step: int) -
         return own if training[i] and own is not None else contextlib.nullcontext()
 
     trainers = [member.run.trainer if member.run is not None else None for member in sharing]
-    losses = [torch.nn.functional.cross_entropy if t is None else t.loss for t in trainers]
+    losses = [F.cross_entropy if t is None else t.loss for t in trainers]
     found = together.losses(batches, losses, randomness)
     real = [(i, trainer) for i, trainer in enumerate(trainers) if training[i] and trainer is not None]
     for _, trainer in real:
