@@ -22,6 +22,7 @@ from upt_fast.tasks.grid import read_tasks
 from upt_fast.tasks.run import train_tasks
 from upt_fast.tasks.table import Row, Table, format_table
 from upt_fast.train import setup
+from upt_fast.train.features import FixedFeatures
 from upt_fast.train.loop import train
 
 DATASETS = {"colours": ("blue_thing", "green", "red"), "tones": ("dark", "light")}
@@ -281,6 +282,16 @@ def test_dry_run(data, tmp_path, capsys):
     assert "group 3: 2 task(s) of zeroshot" in printed
     assert "12 tasks in 3 group(s)" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_feature_store_is_opened_once(data, tmp_path, monkeypatch):
+    opened, real = [], FixedFeatures._open
+    monkeypatch.setattr(FixedFeatures, "_open", lambda self, store: opened.append(store) or real(self, store))
+    entries = [{"method": ["coop", "kgcoop"], "epochs": 1, "n_ctx": 2, "augment": "none"}]
+    file = write_tasks(tmp_path / "tasks.yaml", data, tasks=entries, feature_store=str(tmp_path / "store"))
+    members = train_tasks(read_tasks(file, str(tmp_path / "out")), tmp_path / "out", progress=False)
+    assert [member.error for member in members] == [None] * 8
+    assert len(opened) == 1
 
 
 def test_memory_bounds_a_group(data, tmp_path):

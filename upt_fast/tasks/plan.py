@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.job import Member, of_one_backbone, of_one_shape, prepare
 from upt_fast.tasks.joint import MultiTask
-from upt_fast.tasks.run import empty_batch, fitting
+from upt_fast.tasks.run import Backbone, empty_batch, fitting
 from upt_fast.train.images import GIB
 
 
@@ -52,12 +51,12 @@ def plan_tasks(tasks: Sequence[Task], max_memory: int | None = None) -> list[Gro
     job = prepare(tasks, tasks[0].out, resume=False)
     plans: list[GroupPlan] = []
     for members in of_one_backbone(job.members):
-        backbone: FastPromptedCLIP | None = None
+        backbone = Backbone()
         speed: float | None = None  # FLOP/s
         for group in of_one_shape(members):
             left = list(group)
             while left:
-                chosen, backbone = fitting(left, backbone, max_memory)
+                chosen = fitting(left, backbone, max_memory)
                 left = left[len(chosen) :]
                 plan, work, together = _plan(chosen)
                 if speed is None and work:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from upt_fast.tasks.joint import MultiTask
 from upt_fast.tasks.memory import room
 from upt_fast.tasks.table import Table
 from upt_fast.train.checkpoint import is_run, locked, read_json, write_json
+from upt_fast.train.features import FixedFeatures
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.recording import TrainingDivergedError
-from upt_fast.train.setup import RESULTS_FILE, SPLIT_FILE, build_model, fixed_features_train, resolve_device
+from upt_fast.train.setup import RESULTS_FILE, SPLIT_FILE, build_model, has_fixed_features, resolve_device
 from upt_fast.train.trainer import Batch
 
 
@@ -59,18 +61,38 @@ def train_tasks(
     with locked(job.out), Table([member.row for member in job.members], progress) as table:
         try:
             for members in of_one_backbone(job.members):
-                backbone: FastPromptedCLIP | None = None
+                backbone = Backbone()
                 for group in of_one_shape(members):
-                    backbone = _train_groups(job, group, backbone, max_memory, table)
+                    _train_groups(job, group, backbone, max_memory, table)
         finally:
             _summarise(job)
     return job.members
 
 
-def _train_groups(
-    job: Job, members: list[Member], backbone: FastPromptedCLIP | None, max_memory: int | None, table: Table
-) -> FastPromptedCLIP | None:
-    """Train tasks of one shape, as many at once as fit; returns a model on their backbone."""
+@dataclass
+class Backbone:
+    """What the tasks on one CLIP share.
+
+    Args:
+        model: one of theirs, whose siblings the others become; None before the CLIP is loaded.
+        features: what computes features that no prompt changes; see :func:`upt_fast.train.setup.fixed_features`.
+    """
+
+    model: FastPromptedCLIP | None = None
+    features: dict[Any, FixedFeatures] = field(default_factory=dict)
+
+    def model_of(self, member: Member) -> FastPromptedCLIP:
+        """A task's model, made now."""
+        config, out = member.config, Path(member.config.out)
+        run = member.run
+        classnames = read_json(out / SPLIT_FILE)["classnames"] if run is None else run.listing.classnames
+        model = build_model(config, classnames, out, resolve_device(config.device), self.model)
+        self.model = self.model or model
+        return model
+
+
+def _train_groups(job: Job, members: list[Member], backbone: Backbone, max_memory: int | None, table: Table) -> None:
+    """Train tasks of one shape, as many at once as fit."""
     left = list(members)
     recorded = [group for group in job.groups if group[0] in {member.task.name for member in members}]
     by_name = {member.task.name: member for member in members}
@@ -78,31 +100,20 @@ def _train_groups(
         group = [by_name[name] for name in names]
         left = [member for member in left if member not in group]
         if any(member.run is not None and member.error is None for member in group):
-            backbone = _train_group(job, group, backbone, table)
+            _train_group(job, group, backbone, table)
     while left := [member for member in left if member.error is None and member.run is not None]:
-        group, backbone = fitting(left, backbone, max_memory)
+        group = fitting(left, backbone, max_memory)
         left = left[len(group) :]
         job.groups.append([member.task.name for member in group])
         job.write()
-        backbone = _train_group(job, group, backbone, table)
-    return backbone
+        _train_group(job, group, backbone, table)
 
 
-def _model(member: Member, backbone: FastPromptedCLIP | None) -> FastPromptedCLIP:
-    config, out = member.config, Path(member.config.out)
-    run = member.run
-    classnames = read_json(out / SPLIT_FILE)["classnames"] if run is None else run.listing.classnames
-    return build_model(config, classnames, out, resolve_device(config.device), backbone)
-
-
-def fitting(
-    members: Sequence[Member], backbone: FastPromptedCLIP | None, max_memory: int | None
-) -> tuple[list[Member], FastPromptedCLIP]:
+def fitting(members: Sequence[Member], backbone: Backbone, max_memory: int | None) -> list[Member]:
     """The first tasks whose step needs no more memory than there is, at least one."""
     limit, chosen, needs = max_memory, list[Member](), list[Need]()
     for member in members:
-        member.model = _model(member, backbone)
-        backbone = backbone or member.model
+        member.model = backbone.model_of(member)
         if limit is None:
             limit = room(resolve_device(member.config.device))
         needs += Step(member.model, member.config.batch_size).needs()
@@ -110,14 +121,13 @@ def fitting(
             member.model = None
             break
         chosen.append(member)
-    assert backbone is not None
-    return chosen, backbone
+    return chosen
 
 
-def _train_group(job: Job, group: list[Member], backbone: FastPromptedCLIP | None, table: Table) -> FastPromptedCLIP:
+def _train_group(job: Job, group: list[Member], backbone: Backbone, table: Table) -> None:
     with contextlib.ExitStack() as stack, InterruptBetweenSteps() as interrupt:
         for member in group:
-            backbone = _begin(member, group, backbone, stack, interrupt)
+            _begin(member, group, backbone, stack, interrupt)
         try:
             _take_steps(job, [member for member in group if member.model is not None], table)
         finally:
@@ -125,20 +135,18 @@ def _train_group(job: Job, group: list[Member], backbone: FastPromptedCLIP | Non
                 if member.steps is not None:
                     member.steps.close()
                 member.model = member.steps = member.batch = member.run = None
-    assert backbone is not None
-    return backbone
 
 
 def _begin(
     member: Member,
     group: Sequence[Member],
-    backbone: FastPromptedCLIP | None,
+    backbone: Backbone,
     stack: contextlib.ExitStack,
     interrupt: InterruptBetweenSteps,
-) -> FastPromptedCLIP | None:
+) -> None:
     """Make a task's model and trainer, or what stands in for a task that has ended."""
-    model = member.model or _model(member, backbone)
-    backbone, member.model = backbone or model, None
+    model = member.model or backbone.model_of(member)
+    member.model = None
     config, run = member.config, member.run
     if run is None or member.error is not None:
         if is_run(Path(config.out)):
@@ -147,21 +155,21 @@ def _begin(
             if member.results is not None:
                 member.end = member.results.get("epochs_done", config.epochs) * max(1, count // config.batch_size)
             member.at, member.model = member.end, model
-            member.from_features = fixed_features_train(config, model)
-        return backbone
+            member.from_features = config.augment == "none" and has_fixed_features(config, model)
+        return
     with contextlib.ExitStack() as opened:
         try:
             opened.enter_context(run.opened())
-            run.begin(model, len(group))
+            run.begin(model, len(group), backbone.features)
             trainer = run.trainer
             if trainer is None or trainer.done:
                 _finish(member)
         except (ValueError, OSError) as error:
             member.fail(error)
-            return backbone
+            return
         stack.enter_context(opened.pop_all())
     if trainer is None:  # nothing to train, and nothing that shares steps
-        return backbone
+        return
     member.size, member.from_features = min(config.batch_size, len(run.data.train)), trainer.from_features
     member.at = trainer.state.step
     member.end = member.at if trainer.done else config.epochs * len(trainer.sampler)
@@ -169,7 +177,6 @@ def _begin(
     if not trainer.done:
         member.row.begin(member.end, member.at)
         member.steps = trainer.steps(member.row, interrupt)
-    return backbone
 
 
 def _take_steps(job: Job, group: list[Member], table: Table) -> None:

@@ -37,6 +37,7 @@ from upt_fast.train.checkpoint import (
 )
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.evaluation import evaluate
+from upt_fast.train.features import FixedFeatures
 from upt_fast.train.images import GIB, with_cache
 from upt_fast.train.setup import (
     CHOICES_FILE,
@@ -162,16 +163,17 @@ class Run:
                     (self.out / LOCK_FILE).unlink(missing_ok=True)
                     self.out.rmdir()
 
-    def begin(self, model: FastPromptedCLIP, beside: int = 1) -> None:
+    def begin(self, model: FastPromptedCLIP, beside: int = 1, features: dict[Any, FixedFeatures] | None = None) -> None:
         """Decode the images, write the settings down, and make the trainer.
 
         Args:
             model: that of the run.
             beside: runs that are trained at once, this one with them: each has its share of loader processes.
+            features: shared with other runs on the model's CLIP; see :func:`fixed_features`.
         """
         config, out = self.config, self.out
         self.model, self.plan = model, plan_steps(config, model)
-        self.data = data = load_data(config, model, self.listing, self.split, self.duplicates)
+        self.data = data = load_data(config, model, self.listing, self.split, self.duplicates, features)
         if config.patience is not None and data.val is None:
             raise ValueError(
                 f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder "

@@ -164,12 +164,15 @@ def load_data(
     listing: FolderListing,
     split: FewShotSplit,
     duplicates: Duplicates,
+    features: dict[Any, FixedFeatures] | None = None,
 ) -> RunData:
     """Decode every image that the run reads, and keep what fits where the config says."""
     dropped = duplicates.test_copies if config.duplicates == "drop" else ()
     if dropped:
         split = drop_test_copies(split, duplicates)
-    kept = RunImages(config, preprocess_cfg(model), listing.root, device_of(model), fixed_features(config, model))
+    kept = RunImages(
+        config, preprocess_cfg(model), listing.root, device_of(model), fixed_features(config, model, features)
+    )
     failures = [reason for reasons in listing.broken.values() for reason in reasons]
     train, failed = kept.training(split.train)
     val, failed_val = kept.evaluation("validation", split.val)
@@ -197,22 +200,31 @@ def load_data(
     )
 
 
-def fixed_features_train(config: TrainConfig, model: FastPromptedCLIP) -> bool:
-    """Whether a run trains on image features in the place of images."""
-    with eval_mode(model):
-        return config.augment == "none" and config.max_memory is None and model.images_are_fixed
-
-
-def fixed_features(config: TrainConfig, model: FastPromptedCLIP) -> FixedFeatures | None:
-    """What computes the run's image features, where the method does not change them; not below a limit of memory."""
-    if config.max_memory is not None:
-        return None
+def has_fixed_features(config: TrainConfig, model: FastPromptedCLIP) -> bool:
+    """Whether image features stand in for images where no augmentation changes these; not below a limit of memory."""
     with eval_mode(model):  # where a learner draws no random numbers
-        if not model.images_are_fixed:
-            return None
-    store = open_store(config.feature_store, config.feature_store_gib)
-    workers = count_workers(config.num_workers, device_of(model))
-    return FixedFeatures(model, config.test_batch_size, workers, store, config.progress)
+        return config.max_memory is None and model.images_are_fixed
+
+
+def fixed_features(
+    config: TrainConfig, model: FastPromptedCLIP, shared: dict[Any, FixedFeatures] | None = None
+) -> FixedFeatures | None:
+    """What computes the run's image features, where it :func:`has_fixed_features`.
+
+    Args:
+        config: the run's.
+        model: the run's.
+        shared: those of other runs on the model's CLIP, by their settings: opening a store takes a trial.
+    """
+    if not has_fixed_features(config, model):
+        return None
+    settings = config.feature_store, config.feature_store_gib, config.test_batch_size, config.num_workers
+    shared = {} if shared is None else shared
+    if settings not in shared:
+        store = open_store(config.feature_store, config.feature_store_gib)
+        workers = count_workers(config.num_workers, device_of(model))
+        shared[settings] = FixedFeatures(model, config.test_batch_size, workers, store, config.progress)
+    return shared[settings]
 
 
 def preprocess_cfg(model: FastPromptedCLIP) -> dict[str, Any]:
