@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
     from upt_fast.data.folder import FolderListing, ImageItem, scan_folder
     from upt_fast.data.images import DecodedImages, decode_images, read_rgb
+    from upt_fast.data.pixel_store import PixelStore
     from upt_fast.data.sampling import FewShotSplit, few_shot_split, sample_few_shot
-    from upt_fast.data.store import PixelStore
     from upt_fast.data.transforms import AUGMENTATIONS, build_augmentation, build_eval_transform, build_normalize
 
 __all__ = [
@@ -69,7 +69,7 @@ _MODULES = {
     "FewShotSplit": "sampling",
     "few_shot_split": "sampling",
     "sample_few_shot": "sampling",
-    "PixelStore": "store",
+    "PixelStore": "pixel_store",
     "AUGMENTATIONS": "transforms",
     "build_augmentation": "transforms",
     "build_eval_transform": "transforms",

@@ -1,4 +1,4 @@
-"""A list of image files, decoded once into a store of pixels (store.py) and read from it."""
+"""A list of image files, decoded once into a store of pixels (pixel_store.py) and read from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from upt_fast.data.decoding import Pixels
 from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import decode_each
-from upt_fast.data.store import Entry, FileKey, PixelStore, map_pixels
+from upt_fast.data.pixel_store import Entry, FileKey, PixelStore, map_pixels
 
 logger = logging.getLogger("upt_fast")
 

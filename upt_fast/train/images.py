@@ -21,7 +21,7 @@ from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.decoding import decoders, read_scaled, read_transformed
 from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import decode_images
-from upt_fast.data.store import PixelStore
+from upt_fast.data.pixel_store import PixelStore
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, image_size
 from upt_fast.train.checkpoint import read_json
 from upt_fast.train.config import TrainConfig
