@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from upt_fast.data import BatchedAugmentation, ImageDataset, ImageItem, PixelStore, cache_images, read_scaled
-from upt_fast.data import store as store_module
+from upt_fast.data import pixel_store as store_module
 from upt_fast.data.pixel_store import KEEP_FREE
 
 DECODE = partial(read_scaled, shorter=1000)

@@ -9,12 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from PIL import Image
-from safetensors.torch import load_file
+from runs_on_disk import Killed, assert_same_run, contents, write_images
 
 from upt_fast.cli.app import main
 from upt_fast.tasks import run as job
@@ -28,21 +25,15 @@ from upt_fast.train.loop import train
 DATASETS = {"colours": ("blue_thing", "green", "red"), "tones": ("dark", "light")}
 
 
-def write_images(folder: Path, label: int, count: int, step: int) -> None:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        pixels = np.random.default_rng(100 * label + 10 * step + i).integers(0, 90, (36, 40, 3), dtype=np.uint8)
-        pixels[..., (label + step) % 3] += 150
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for number, (name, classes) in enumerate(DATASETS.items()):
         for part, (split, count) in enumerate((("train", 4), ("val", 2), ("test", 3))):
             for label, classname in enumerate(classes):
-                write_images(root / name / split / classname, label, count, number + 3 * part)
+                write_images(
+                    root / name / split / classname, (label + number) % 3, count, 100 * label + 10 * number + 30 * part
+                )
     return root
 
 
@@ -69,28 +60,9 @@ MIXED = [
 ]
 
 
-def contents(run: Path) -> tuple[dict, list, dict]:
-    tensors = {}
-    for name in ("last", "best"):
-        for file in (run / name).glob("*.safetensors"):
-            tensors |= {f"{name}/{file.stem}/{key}": value for key, value in load_file(file).items()}
-    metrics = []
-    if (run / "metrics.jsonl").exists():
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in metrics:
-        del record["seconds"]
-    return tensors, metrics, json.loads((run / "results.json").read_text())
-
-
 def assert_same_job(out: Path, other: Path, tasks) -> None:
     for task in tasks:
-        (tensors, metrics, results), (others, other_metrics, other_results) = (
-            contents(folder / task.name) for folder in (out, other)
-        )
-        assert metrics == other_metrics, task.name
-        assert results == other_results, task.name
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(value, others[key]) for key, value in tensors.items()), task.name
+        assert_same_run(out / task.name, other / task.name)
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +114,6 @@ def test_tasks_of_one_shape_share_steps(finished):
     assert {name for group in groups for name in group} == {task.name for task in tasks}
     summary = json.loads((out / "results.json").read_text())["tasks"]
     assert {entry["status"] for entry in summary.values()} == {"done"}
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("moment", range(8))
@@ -221,7 +189,7 @@ def test_a_task_that_diverges_leaves_the_others(data, finished, tmp_path, capsys
 
 def test_a_task_whose_images_are_damaged_leaves_the_others(data, tmp_path, capsys):
     for label, name in enumerate(("cat", "dog")):
-        write_images(tmp_path / "bad" / name, label, 4, 0)
+        write_images(tmp_path / "bad" / name, label, 4, 100 * label)
     next((tmp_path / "bad" / "cat").glob("*.png")).write_bytes(b"no image")
     folders = [str(data / "tones"), str(tmp_path / "bad")]
     file = write_tasks(tmp_path / "tasks.yaml", data, data=folders, seed=1)

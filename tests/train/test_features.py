@@ -4,11 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from runs_on_disk import assert_same_run, killed_after_epoch, write_images
 
 from upt_fast import FastPromptedCLIP
 from upt_fast.cli import main
@@ -24,20 +22,12 @@ METHODS = ["coop", "cocoop", "kgcoop", "zeroshot"]
 MIB = 2**20
 
 
-def write_images(folder: Path, label: int, seed: int, count: int) -> None:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        pixels = np.random.default_rng(100 * seed + i).integers(0, 90, (36, 40, 3), dtype=np.uint8)
-        pixels[..., 2 - label] += 150
-        Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for seed, (split, count) in enumerate((("train", 4), ("val", 3), ("test", 5))):
         for label, name in enumerate(("one", "three", "two")):
-            write_images(root / split / name, label, 10 * seed + label, count)
+            write_images(root / split / name, 2 - label, count, 1000 * seed + 100 * label)
     return root
 
 
@@ -59,23 +49,6 @@ def settings(data: Path, out: Path, store: Path | str, **changes) -> TrainConfig
     }
     values |= changes
     return TrainConfig.from_dict({name: value for name, value in values.items() if name != "n_ctx" or value})
-
-
-def contents(run: Path) -> tuple[dict[str, torch.Tensor], list[dict], dict]:
-    """All that a run has found out."""
-    files = sorted((run / "last").glob("*.safetensors"))
-    tensors = {f"{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in metrics:
-        del record["seconds"]
-    return tensors, metrics, json.loads((run / "results.json").read_text())
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    (tensors, *rest), (other_tensors, *other_rest) = contents(run), contents(other)
-    assert rest == other_rest
-    assert tensors.keys() == other_tensors.keys()
-    assert all(torch.equal(value, other_tensors[key]) for key, value in tensors.items())
 
 
 def packs(store: Path) -> list[Path]:
@@ -207,10 +180,6 @@ def test_augmented_training_runs_the_image_tower(data, tmp_path, passes, indepen
     assert_same_run(tmp_path / "a", tmp_path / "c")
 
 
-class Killed(BaseException):
-    pass
-
-
 def damage(store: Path) -> None:
     for path in packs(store):
         path.write_bytes(path.read_bytes()[:-9])
@@ -218,20 +187,10 @@ def damage(store: Path) -> None:
 
 @pytest.mark.parametrize("between", [lambda store: None, shutil.rmtree, damage], ids=["kept", "deleted", "damaged"])
 def test_resume_is_bit_exact(data, tmp_path, monkeypatch, between):
-    from upt_fast.train import trainer
-
-    store, write = tmp_path / "store", trainer.write_checkpoint
+    store = tmp_path / "store"
     train(settings(data, tmp_path / "whole", "off"))
-
-    def killed_after_two(run_dir, model, momentum, state, classes):
-        write(run_dir, model, momentum, state, classes)
-        if state.epoch == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_checkpoint", killed_after_two)
-        with pytest.raises(Killed):
-            train(settings(data, tmp_path / "cut", store))
+    with killed_after_epoch(monkeypatch, 2):
+        train(settings(data, tmp_path / "cut", store))
     if store.exists():  # not where features depend on the batch
         between(store)
     train(settings(data, tmp_path / "cut", store, resume=True))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from runs_on_disk import contents
 
 from upt_fast.train import TrainConfig, train
 from upt_fast.train.trainer import Trainer
@@ -69,19 +69,12 @@ def settings(data: Path, out: Path, **changes) -> dict:
 def run(data: Path, out: Path, **changes) -> dict:
     """What a run leaves that must not hang on how images were kept."""
     train(TrainConfig.from_dict(settings(data, out, **changes)))
-    return contents(out)
+    return left(out)
 
 
-def contents(out: Path) -> dict:
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for record in metrics:
-        del record["seconds"]
-    tensors = {
-        f"{path.name}/{name}": value.numpy().tobytes()
-        for path in sorted((out / "last").glob("*.safetensors"))
-        for name, value in load_file(path).items()
-    }
-    return {"metrics": metrics, "results": json.loads((out / "results.json").read_text()), **tensors}
+def left(out: Path) -> dict:
+    tensors, metrics, results = contents(out)
+    return {"metrics": metrics, "results": results, **{name: t.numpy().tobytes() for name, t in tensors.items()}}
 
 
 def pixel_files(stores: Path) -> list[Path]:
@@ -191,7 +184,7 @@ def test_a_run_of_before_there_was_a_choice_is_resumed_exact(large, tmp_path, mo
     with pytest.raises(ValueError, match="cache: 'exact' there, 'scaled' here"):
         run(large, tmp_path / "old", cache="scaled", resume=True)
     train(TrainConfig.from_dict({**json.loads(path.read_text()), "resume": True}))
-    assert contents(tmp_path / "old") == wanted
+    assert left(tmp_path / "old") == wanted
 
 
 def test_cache_size(large, tmp_path, stores):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from runs_on_disk import assert_same_run, contents, write_images
 
 from upt_fast import FastUPT
 from upt_fast.data import ImageDataset, ImageItem
@@ -24,20 +24,12 @@ from upt_fast.train.setup import resolve_device
 CLASSES = ("blue_thing", "green", "red")
 
 
-def write_images(folder: Path, label: int, count: int) -> None:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        pixels = np.random.default_rng(100 * label + i).integers(0, 90, (36, 40, 3), dtype=np.uint8)
-        pixels[..., 2 - label] += 150
-        Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
-
-
 @pytest.fixture(scope="module")
 def split_data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 4), ("val", 2), ("test", 3)):
         for label, name in enumerate(CLASSES):
-            write_images(root / split / name, label, count)
+            write_images(root / split / name, 2 - label, count, 100 * label)
     return root
 
 
@@ -45,7 +37,7 @@ def split_data(tmp_path_factory) -> Path:
 def flat_data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("flat")
     for label, name in enumerate(CLASSES):
-        write_images(root / name, label, 4)
+        write_images(root / name, 2 - label, 4, 100 * label)
     return root
 
 
@@ -65,26 +57,6 @@ def settings(data: Path, out: Path, **changes) -> dict:
         "progress": False,
     }
     return {**values, **changes}
-
-
-def contents(run: Path) -> tuple[dict[str, torch.Tensor], list[dict], dict]:
-    """Everything of a run that must not depend on whether it was interrupted."""
-    tensors = {}
-    for name in ("last", "best"):
-        for file in (run / name).glob("*.safetensors"):
-            tensors |= {f"{name}/{file.stem}/{key}": value for key, value in load_file(file).items()}
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in metrics:
-        del record["seconds"]
-    return tensors, metrics, json.loads((run / "results.json").read_text())
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    (tensors, metrics, results), (other_tensors, other_metrics, other_results) = contents(run), contents(other)
-    assert metrics == other_metrics
-    assert results == other_results
-    assert tensors.keys() == other_tensors.keys()
-    assert all(torch.equal(value, other_tensors[key]) for key, value in tensors.items())
 
 
 @pytest.fixture(scope="module")
@@ -265,17 +237,17 @@ def test_without_tensorboard(split_data, tmp_path, monkeypatch, caplog):
 
 
 def test_one_class_is_no_task(tmp_path):
-    write_images(tmp_path / "data" / "only", 0, 2)
+    write_images(tmp_path / "data" / "only", 2, 2, 0)
     with pytest.raises(ValueError, match="1 class, 'only'; wanted at least 2"):
         train(TrainConfig.from_dict(settings(tmp_path / "data", tmp_path / "run", shots=1)))
 
 
 def test_evaluation_on_other_data(finished, tmp_path):
-    write_images(tmp_path / "a" / "red", 2, 2)
-    write_images(tmp_path / "a" / "blue thing", 0, 1)
+    write_images(tmp_path / "a" / "red", 0, 2, 200)
+    write_images(tmp_path / "a" / "blue thing", 2, 1, 0)
     evaluation, where = evaluate_run(finished, tmp_path / "a", device="cpu")
     assert (evaluation.num_images, where, set(evaluation.class_accuracy)) == (3, "all images", {"red", "blue thing"})
-    write_images(tmp_path / "a" / "violet", 0, 1)
+    write_images(tmp_path / "a" / "violet", 2, 1, 0)
     with pytest.raises(ValueError, match="not trained on: violet; it knows 3 classes: blue thing, green, red"):
         evaluate_run(finished, tmp_path / "a", device="cpu")
 

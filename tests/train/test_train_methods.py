@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs_on_disk import killed_after_epoch
 from safetensors.torch import load_file
 
 from upt_fast.cli import main
@@ -119,10 +120,6 @@ def test_every_method_trains(data, tmp_path, capsys, method):
     assert "is finished: 2 epochs" in capsys.readouterr().err
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -134,21 +131,10 @@ class Killed(BaseException):
     ids=["coop", "maple", "outside", "coop-adamw"],
 )
 def test_resume_is_bit_exact(data, tmp_path, monkeypatch, outside, method, options):
-    from upt_fast.train import trainer
-
     name = outside if method == "outside" else method
     assert main(command(data, tmp_path / "whole", name, "--epochs", "4", *options)) == 0
-    write = trainer.write_checkpoint
-
-    def killed_after_two(run_dir, model, momentum, state, classes):
-        write(run_dir, model, momentum, state, classes)
-        if state.epoch == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_checkpoint", killed_after_two)
-        with pytest.raises(Killed):
-            main(command(data, tmp_path / "cut", name, "--epochs", "4", *options))
+    with killed_after_epoch(monkeypatch, 2):
+        main(command(data, tmp_path / "cut", name, "--epochs", "4", *options))
     assert not (tmp_path / "cut" / "results.json").exists()
     assert main(["train", "--config", str(tmp_path / "cut" / "config.json"), "--resume"]) == 0
     whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
