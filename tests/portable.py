@@ -32,6 +32,7 @@ KERNELS = ("kernels", "engine/test_streams.py")
 NUMERIC = (
     "reference",
     "steps",
+    "tasks/test_joint.py",
     "engine/test_compose.py",
     "engine/test_cpu_ops.py",
     "engine/test_fp8.py",
