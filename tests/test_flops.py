@@ -11,6 +11,7 @@ from upt_fast import FastPromptedCLIP, MethodConfig, PromptLearner, Prompts, Ref
 from upt_fast.cli import main
 from upt_fast.clip import frozen_clip
 from upt_fast.clip.loading import clip_without_weights
+from upt_fast.engine.cpu import choices
 from upt_fast.engine.flops import Flops
 from upt_fast.methods import BUILTIN_METHODS, find_method, list_methods
 from upt_fast.testing import random_clip
@@ -26,7 +27,7 @@ def clip(tokenizer):
 
 
 def counted(model, images, batch=B) -> Flops:
-    """What torch counts in float64, where the engine's products are plain mm: oneDNN's are hidden from it.
+    """What torch counts.
 
     Attention on a CPU is registered by CPU_ATTENTION, at 4 products in backward as everywhere else.
     """
@@ -77,6 +78,24 @@ def test_counts_are_torch_s(clip, name, options):
     unseen = 0 if cost.depth_vision else _attention_blocks(clip)
     assert cost.plain.forward == pytest.approx(plain.forward + unseen, rel=0.01)
     assert cost.plain.backward == pytest.approx(plain.backward, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ways", ["usual", "measured"])
+@pytest.mark.parametrize(("name", "options"), [CASES[i] for i in (1, 4, 9)], ids=[IDS[i] for i in (1, 4, 9)])
+def test_whoever_multiplies_is_counted(tokenizer, name, options, ways, dtype, monkeypatch, tmp_path):
+    """A CLIP that is wide enough for the compiled operations, where there are some; oneDNN's product."""
+    monkeypatch.setenv("UPT_FAST_MEASURE", "1" if ways == "measured" else "0")
+    choices.forget()
+    try:
+        clip = random_clip(vision_layers=4, vision_width=256, text_width=256).to(dtype)
+        method = find_method(name)
+        config = method.config.from_options(options)
+        fast = FastPromptedCLIP(clip, NAMES, method=name, config=config)
+        cost = step_cost(frozen_clip(clip), NAMES, method, config, B)
+        assert cost.engine == counted(fast, torch.randn(B, 3, 32, 32, dtype=dtype))
+    finally:
+        choices.forget()
 
 
 def _attention_blocks(clip) -> int:

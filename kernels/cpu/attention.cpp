@@ -354,9 +354,9 @@ void attention_backward(
 TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, int num_heads, bool fill, Tensor(a!) out, Tensor(b!) lse) -> ()",
-      &attention);
+      torch::dispatch(c10::kCPU, &attention));
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, int num_heads, bool fill, Tensor out, "
       "Tensor lse, Tensor(a!) dqkv, Tensor(b!) dk_prefix, Tensor(c!) dv_prefix) -> ()",
-      &attention_backward);
+      torch::dispatch(c10::kCPU, &attention_backward));
 }

@@ -365,13 +365,15 @@ TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
   m.def(
       "norm_linear(Tensor x, float eps, Tensor factor, int panel, Tensor? bias, int act, Tensor(a!)? slope, "
       "Tensor[] outs, int[] length, int[] stride, int[] first, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
-      &norm_linear);
+      torch::dispatch(c10::kCPU, &norm_linear));
   m.def(
       "linear_residual(Tensor a, Tensor factor, int panel, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()",
-      &linear_residual);
-  m.def("linear_times(Tensor dy, Tensor factor, int panel, Tensor slope, Tensor(a!) out) -> ()", &linear_times);
+      torch::dispatch(c10::kCPU, &linear_residual));
+  m.def(
+      "linear_times(Tensor dy, Tensor factor, int panel, Tensor slope, Tensor(a!) out) -> ()",
+      torch::dispatch(c10::kCPU, &linear_times));
   m.def(
       "linear_norm_backward(Tensor d, Tensor factor, int panel, Tensor x, Tensor mean, Tensor rstd, Tensor? dy, "
       "Tensor(a!) out) -> ()",
-      &linear_norm_backward);
+      torch::dispatch(c10::kCPU, &linear_norm_backward));
 }

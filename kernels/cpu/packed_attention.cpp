@@ -234,10 +234,10 @@ TORCH_LIBRARY_FRAGMENT(upt_fast_cpu, m) {
   m.def(
       "packed_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor first, Tensor sets, "
       "bool last_only, Tensor(a!) out) -> ()",
-      &packed_attention);
+      torch::dispatch(c10::kCPU, &packed_attention));
   m.def(
       "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
       "Tensor first, Tensor sets, bool last_only, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
       "Tensor(d!) dprefix_k, Tensor(e!) dprefix_v) -> ()",
-      &packed_attention_backward);
+      torch::dispatch(c10::kCPU, &packed_attention_backward));
 }

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from upt_fast import FastPromptedCLIP, FastUPT, ReferencePromptedCLIP
 from upt_fast.clip.tokens import clip_tokenizer
 from upt_fast.common.closeness import relative_rms
+from upt_fast.engine.cpu import ways as cpu_ways
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.testing import random_clip, xformers_on_cpu
 
@@ -278,7 +279,11 @@ def test_shapes_without_data(method, where):
                 assert model.eval()(images).shape == (5, 3)
 
 
-def test_flops_are_counted_without_data():
+@pytest.mark.parametrize("product", ["mm", "onednn"])
+def test_flops_are_counted_without_data(product, monkeypatch):
+    if product == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no such product")
+    monkeypatch.setattr(cpu_ways, "float32_product", lambda: product)
     counts = []
     for device in ("cpu", "meta"):
         with torch.device(device):

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.common.files import cache_folder
+from upt_fast.engine.cpu import counted
 
 logger = logging.getLogger("upt_fast")
 
@@ -96,6 +97,7 @@ def _load() -> str:
     except Exception as error:  # compilers and loaders fail in many ways; PyTorch's operations do the same
         reason = str(error).strip().splitlines()
         return f"cannot be compiled: {reason[0] if reason else type(error).__name__}"
+    counted.register_compiled()
     return ""
 
 
