@@ -1,7 +1,7 @@
 """FLOPs of CPU operations that torch.utils.flop_counter does not know: oneDNN's product, the compiled operations.
 
 Counted as in engine/flops.py: matrix products, and attention's over whole classes, without what backward computes
-again. A counter takes the formulas that there are when it is made, so they are registered before the first product.
+again. A counter takes the formulas that there are when it is made, so they are registered as towers are built.
 """
 
 from __future__ import annotations
@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def register(operation: Any, formula: Callable[..., int]) -> None:
     """Let every counter made from now on count an operation; once, and not where PyTorch does so already."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula  # brings triton
+
     if operation not in flop_registry:
         register_flop_formula(operation, get_raw=True)(formula)
+
+
+def register_onednn() -> None:
+    """The product that ways.py chooses for float32 rows, where this build of PyTorch has it."""
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        register(torch.ops.mkldnn._linear_pointwise, _onednn)
 
 
 def register_compiled() -> None:
@@ -34,10 +41,6 @@ def register_compiled() -> None:
 
 def _onednn(x: Tensor, weight: Tensor, *_: Any, out_val: Any = None) -> int:
     return 2 * x.numel() * len(weight)
-
-
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in every build of PyTorch
-    register(torch.ops.mkldnn._linear_pointwise, _onednn)
 
 
 def _norm_linear(

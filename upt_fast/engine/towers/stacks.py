@@ -18,7 +18,7 @@ from upt_fast.engine.autograd import functions
 from upt_fast.engine.autograd.attention import CompiledAttention
 from upt_fast.engine.autograd.composing import has_data
 from upt_fast.engine.backends import compiled
-from upt_fast.engine.cpu import ways
+from upt_fast.engine.cpu import counted, ways
 from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.towers.folding import fold_block
 from upt_fast.engine.weights import BlockWeights, Fp8Heads, Fp8MLP, MLPWeights, Packed, PackedLast, Plain
@@ -44,6 +44,7 @@ class PlainStack:
             return PlainStack()
         if weight.dtype == torch.float32:
             ways.float32_product()  # now, so that a run can write it down
+            counted.register_onednn()
         if not blocks.packs or compiled.refusals("cpu", weight.dtype, width=blocks.width, num_heads=blocks.num_heads):
             return PlainStack()
         return PackedStack(blocks, length)
