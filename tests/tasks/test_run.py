@@ -135,7 +135,7 @@ def test_kill_at_a_random_moment(data, finished, tmp_path, monkeypatch, moment):
     again = read_tasks(write_tasks(tmp_path / "tasks.yaml", data, tasks=MIXED), str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(Row, "update", dies(Row.update))
-        patch.setattr(job, "_summarise", lambda job: None)  # a kill writes nothing
+        patch.setattr(job, "summarise", lambda job: None)  # a kill writes nothing
         for name in ("rename", "replace", "fsync"):
             patch.setattr(os, name, dies(getattr(os, name)))
         with pytest.raises(Killed):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,17 @@ class Member:
     def config(self) -> TrainConfig:
         return self.task.config
 
-    def fail(self, error: BaseException) -> None:
+    @property
+    def open(self) -> bool:
+        """Whether it has neither finished nor failed."""
+        return self.run is not None and self.results is None and self.error is None
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Note the task's results."""
+        self.results = results
+        self.row.ended("done", accuracy=results["test"]["accuracy"])
+
+    def fail(self, error: BaseException | str) -> None:
         """Note that the task failed; the others go on."""
         self.error = " ".join(str(error).split()) or type(error).__name__
         self.steps = self.batch = None
@@ -110,6 +120,7 @@ class Job:
         members: its tasks.
         groups: names of the tasks that share steps, in their order; those of unfinished groups may be missing.
         ended: tasks that ended early by failing for good -> their step and why.
+        written: whether this process keeps the job's own file.
     """
 
     out: Path
@@ -117,13 +128,39 @@ class Job:
     groups: list[list[str]] = field(default_factory=list)
     ended: dict[str, tuple[int, str]] = field(default_factory=dict)
 
+    written: bool = True
+
+    def note_ended(self, ended: Mapping[str, Sequence[Any]]) -> None:
+        """Take over what is known of tasks that failed for good, but for those whose folder was taken away since."""
+        for member in self.members:
+            if member.task.name in ended and is_run(Path(member.config.out)):
+                step, why = ended[member.task.name]
+                self.ended[member.task.name] = step, why
+                member.error, member.end = why, step
+                member.row.ended("failed", why)
+
+    def begin(self, group: Sequence[Member]) -> None:
+        """Write down that tasks are going to share steps, before they do."""
+        self.groups.append([member.task.name for member in group])
+        self.write()
+
     def write(self) -> None:
         """Write tasks.json."""
-        write_json(self.out / JOB_FILE, {"groups": self.groups, "ended": self.ended})
+        if self.written:
+            write_json(self.out / JOB_FILE, {"groups": self.groups, "ended": self.ended})
 
 
-def prepare(tasks: Sequence[Task], out: Path, resume: bool) -> Job:
-    """Check everything that can be checked without the CLIP and without decoding an image."""
+def prepare(tasks: Sequence[Task], out: Path, resume: bool, here: bool = True) -> Job:
+    """Check everything that can be checked without the CLIP and without decoding an image.
+
+    Args:
+        tasks: of the job.
+        out: its folder.
+        resume: whether it is one that was stopped.
+        here: whether the tasks are trained on this machine, which then must have their device.
+    Raises:
+        ValueError: see :func:`upt_fast.tasks.run.train_tasks`.
+    """
     known = read_json(out / JOB_FILE) if (out / JOB_FILE).is_file() else None
     if known is not None and not resume:
         raise ValueError(f"out={str(out)!r} holds tasks already; add --resume to go on with them, or pass another out")
@@ -133,6 +170,14 @@ def prepare(tasks: Sequence[Task], out: Path, resume: bool) -> Job:
     groups: list[list[str]] = known["groups"] if known else []
     if missing := [name for group in groups for name in group if name not in names]:
         raise ValueError(f"cannot resume {out}: the file lacks its tasks {shorten(missing)}; wanted all of them")
+    members = members_of(tasks, here)
+    job = Job(out, members, groups)
+    job.note_ended(known["ended"] if known else {})
+    return job
+
+
+def members_of(tasks: Sequence[Task], here: bool = True) -> list[Member]:
+    """Tasks as they stand in their folders: new, to be resumed, or finished; see :func:`prepare`."""
     scan = functools.cache(scan_folder)
     members = []
     for task in tasks:
@@ -141,21 +186,13 @@ def prepare(tasks: Sequence[Task], out: Path, resume: bool) -> Job:
         member = Member(Task(task.name, config), Row(task.name))
         try:
             if (results := finished(config)) is not None:
-                member.results = results
-                member.row.ended("done", accuracy=results["test"]["accuracy"])
+                member.finish(results)
             else:
-                member.run = Run.prepare(config, scan)
+                member.run = Run.prepare(config, scan, here)
         except ValueError as error:
             raise ValueError(f"task {task.name}: {error}") from error
         members.append(member)
-    job = Job(out, members, groups)
-    for name, (step, why) in (known["ended"] if known else {}).items():
-        member = members[names.index(name)]
-        if is_run(Path(member.config.out)):  # else its folder was taken away, for it to be tried again
-            job.ended[name] = step, why
-            member.error, member.end = why, step
-            member.row.ended("failed", why)
-    return job
+    return members
 
 
 def of_one_backbone(members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -166,6 +203,42 @@ def of_one_backbone(members: Sequence[Member]) -> Iterator[list[Member]]:
 def of_one_shape(members: Sequence[Member]) -> Iterator[list[Member]]:
     """Tasks whose prompts have one shape."""
     return _together(members, lambda member: repr((member.config.method, member.config.method_config())))
+
+
+class Portion(NamedTuple):
+    """Tasks of one shape that are still to be trained.
+
+    Args:
+        members: in their order.
+        recorded: whether they are a group of the job's file, of which some may have ended; else as many of the first
+            ones as fit become a group.
+    """
+
+    members: list[Member]
+    recorded: bool
+
+
+def portions(job: Job, members: Sequence[Member], parts: int = 1) -> list[Portion]:
+    """What is to be trained of tasks on one CLIP; what is in no group yet in so many parts of each shape."""
+    found = []
+    for shape in of_one_shape(members):
+        by_name, left = {member.task.name: member for member in shape}, list(shape)
+        for names in job.groups:
+            if names[0] in by_name:
+                group = [by_name[name] for name in names]
+                left = [member for member in left if member not in group]
+                if any(member.open for member in group):
+                    found.append(Portion(group, True))
+        left = [member for member in left if member.open]
+        for part in range(min(parts, len(left))):  # of equal length but for one
+            first, end = (len(left) * i // min(parts, len(left)) for i in (part, part + 1))
+            found.append(Portion(left[first:end], False))
+    return found
+
+
+def rest_of(members: Sequence[Member], count: int) -> list[Portion]:
+    """What is left of a portion once its first tasks are a group."""
+    return [Portion(list(members[count:]), False)] if members[count:] else []
 
 
 def _together(members: Sequence[Member], key: Callable[[Member], str]) -> Iterator[list[Member]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from upt_fast.engine.memory import Need, peak
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
-from upt_fast.tasks.job import Job, Member, Randomness, of_one_backbone, of_one_shape, prepare
+from upt_fast.tasks.job import Job, Member, Randomness, of_one_backbone, portions, prepare, rest_of
 from upt_fast.tasks.joint import MultiTask
 from upt_fast.tasks.memory import room
 from upt_fast.tasks.table import Table
@@ -61,11 +61,9 @@ def train_tasks(
     with locked(job.out), Table([member.row for member in job.members], progress) as table:
         try:
             for members in of_one_backbone(job.members):
-                backbone = Backbone()
-                for group in of_one_shape(members):
-                    _train_groups(job, group, backbone, max_memory, table)
+                _train_all(job, members, max_memory, table)
         finally:
-            _summarise(job)
+            summarise(job)
     return job.members
 
 
@@ -91,22 +89,16 @@ class Backbone:
         return model
 
 
-def _train_groups(job: Job, members: list[Member], backbone: Backbone, max_memory: int | None, table: Table) -> None:
-    """Train tasks of one shape, as many at once as fit."""
-    left = list(members)
-    recorded = [group for group in job.groups if group[0] in {member.task.name for member in members}]
-    by_name = {member.task.name: member for member in members}
-    for names in recorded:
-        group = [by_name[name] for name in names]
-        left = [member for member in left if member not in group]
-        if any(member.run is not None and member.error is None for member in group):
-            _train_group(job, group, backbone, table)
-    while left := [member for member in left if member.error is None and member.run is not None]:
-        group = fitting(left, backbone, max_memory)
-        left = left[len(group) :]
-        job.groups.append([member.task.name for member in group])
-        job.write()
-        _train_group(job, group, backbone, table)
+def _train_all(job: Job, members: list[Member], max_memory: int | None, table: Table) -> None:
+    """Train tasks on one CLIP, as many at once as fit."""
+    backbone, left = Backbone(), portions(job, members)
+    while left:
+        group, recorded = left.pop(0)
+        if not recorded:
+            rest, group = group, fitting(group, backbone, max_memory)
+            left[:0] = rest_of(rest, len(group))
+            job.begin(group)
+        train_group(job, group, backbone, table.show)
 
 
 def fitting(members: Sequence[Member], backbone: Backbone, max_memory: int | None) -> list[Member]:
@@ -124,12 +116,20 @@ def fitting(members: Sequence[Member], backbone: Backbone, max_memory: int | Non
     return chosen
 
 
-def _train_group(job: Job, group: list[Member], backbone: Backbone, table: Table) -> None:
+def train_group(job: Job, group: list[Member], backbone: Backbone, show: Callable[[], None]) -> None:
+    """Train tasks that share steps until each has finished or failed.
+
+    Args:
+        job: learns which tasks ended early.
+        group: of one shape, in the order in which they stand in the job's file.
+        backbone: theirs.
+        show: called after each step.
+    """
     with contextlib.ExitStack() as stack, InterruptBetweenSteps() as interrupt:
         for member in group:
             _begin(member, group, backbone, stack, interrupt)
         try:
-            _take_steps(job, [member for member in group if member.model is not None], table)
+            _take_steps(job, [member for member in group if member.model is not None], show)
         finally:
             for member in group:
                 if member.steps is not None:
@@ -179,7 +179,7 @@ def _begin(
         member.steps = trainer.steps(member.row, interrupt)
 
 
-def _take_steps(job: Job, group: list[Member], table: Table) -> None:
+def _take_steps(job: Job, group: list[Member], show: Callable[[], None]) -> None:
     """Take the steps of a group, from the first that one of its tasks has not taken."""
     for member in group:
         if member.steps is not None:
@@ -194,7 +194,7 @@ def _take_steps(job: Job, group: list[Member], table: Table) -> None:
             together.clear()
             together[key] = MultiTask([model for i in sharing if (model := group[i].model) is not None])
         _step(job, together[key], [group[i] for i in sharing], step)
-        table.show()
+        show()
 
 
 def _step(job: Job, together: MultiTask, sharing: Sequence[Member], step: int) -> None:
@@ -256,11 +256,10 @@ def _advance(job: Job, member: Member, result: tuple[Tensor, Tensor] | None) -> 
 def _finish(member: Member) -> None:
     assert member.run is not None
     member.row.status = "testing"
-    member.results = member.run.finish()
-    member.row.ended("done", accuracy=member.results["test"]["accuracy"])
+    member.finish(member.run.finish())
 
 
-def _summarise(job: Job) -> None:
+def summarise(job: Job) -> None:
     """Write the job's results.json: of each task its accuracy, or why it failed."""
     tasks: dict[str, Any] = {}
     for member in job.members:

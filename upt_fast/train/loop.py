@@ -128,16 +128,18 @@ class Run:
     data: RunData = field(init=False)
 
     @classmethod
-    def prepare(cls, config: TrainConfig, scan: Callable[..., FolderListing] | None = None) -> Run:
+    def prepare(cls, config: TrainConfig, scan: Callable[..., FolderListing] | None = None, here: bool = True) -> Run:
         """List the dataset and draw the images of a run that is not :func:`finished`.
 
         Args:
             config: the settings.
             scan: :func:`scan_folder`, or what remembers its results.
+            here: whether it is to run on this machine, which then must have its device.
         Raises:
             ValueError: as :func:`train`, but for what only the model or the decoded images show.
         """
-        resolve_device(config.device)
+        if here:
+            resolve_device(config.device)
         listing = (scan or scan_folder)(config.data, config.classes_from, asked_names(config, Path(config.out)))
         log_links(listing)
         split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
