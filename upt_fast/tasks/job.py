@@ -197,7 +197,12 @@ def members_of(tasks: Sequence[Task], here: bool = True) -> list[Member]:
 
 def of_one_backbone(members: Sequence[Member]) -> Iterator[list[Member]]:
     """Tasks that can be siblings."""
-    return _together(members, lambda member: repr([member.config.to_dict()[name] for name in OF_THE_BACKBONE]))
+    return _together(members, backbone_of)
+
+
+def backbone_of(member: Member) -> str:
+    """What tells the CLIP of a task, as it is used, from others."""
+    return repr([member.config.to_dict()[name] for name in OF_THE_BACKBONE])
 
 
 def of_one_shape(members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -218,8 +223,8 @@ class Portion(NamedTuple):
     recorded: bool
 
 
-def portions(job: Job, members: Sequence[Member], parts: int = 1) -> list[Portion]:
-    """What is to be trained of tasks on one CLIP; what is in no group yet in so many parts of each shape."""
+def portions(job: Job, members: Sequence[Member], most: int | None = None) -> list[Portion]:
+    """What is to be trained of tasks on one CLIP; of what is in no group yet at most so many tasks together."""
     found = []
     for shape in of_one_shape(members):
         by_name, left = {member.task.name: member for member in shape}, list(shape)
@@ -230,8 +235,9 @@ def portions(job: Job, members: Sequence[Member], parts: int = 1) -> list[Portio
                 if any(member.open for member in group):
                     found.append(Portion(group, True))
         left = [member for member in left if member.open]
-        for part in range(min(parts, len(left))):  # of equal length but for one
-            first, end = (len(left) * i // min(parts, len(left)) for i in (part, part + 1))
+        parts = -(-len(left) // (most or max(1, len(left))))
+        for part in range(parts):  # as equal as can be
+            first, end = (len(left) * i // parts for i in (part, part + 1))
             found.append(Portion(left[first:end], False))
     return found
 
