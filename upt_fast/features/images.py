@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upt_fast.engine.towers.vision import VisionTower
+from upt_fast.features.digests import tower_digest
 from upt_fast.prompts import PromptLearner, Prompts
 
 
@@ -39,13 +38,7 @@ class PromptedImages(nn.Module):
     def vision_digest(self) -> str:
         """SHA-256 of all that the image tower computes with: its weights, as they are folded, and its numbers."""
         tower = self.vision_tower
-        numbers = tower.pre_eps, tower.head.eps, tower.blocks.eps_1, tower.blocks.eps_2, tower.blocks.activation
-        shape = tower.image_size, tower.pooling, tower.norm_after_pool, tower.blocks.num_heads
-        digest = hashlib.sha256(repr((numbers, shape)).encode())
-        for name, value in tower.named_buffers():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tower_digest(tower, tower.pre_eps, tower.image_size, tower.pooling, tower.norm_after_pool)
 
     def _prompts(self) -> Prompts:
         """The prompts that do not depend on the image."""

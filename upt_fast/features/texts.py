@@ -18,10 +18,16 @@ from upt_fast.engine.towers import groups
 from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.engine.towers.prompts import Packed
 from upt_fast.engine.towers.text import TextTower
+from upt_fast.features.digests import tower_digest
 from upt_fast.prompts import PromptLearner, Prompts
 
 # what the texts of one group of images may need at once, where they depend on the image
 TEXT_BYTES = 512 << 20
+
+
+# keeps features from one process to the next: is given packs, the classes that pass the tower together, None: all, and
+# what computes the features (C, e), and returns the same (upt_fast/train/texts.py)
+TextSource = Callable[[Sequence[PackedClasses], int | None, Callable[[], Tensor]], Tensor]
 
 
 class PromptedTexts(nn.Module):
@@ -38,6 +44,7 @@ class PromptedTexts(nn.Module):
     classes_at_once: int | None = None  # of passes without a graph; a plan sets it (upt_fast/steps)
     logit_scale: Tensor  # ()
     text_stream: torch.cuda.Stream | None = None  # upt_fast/engine/graphs.py
+    text_source: TextSource | None = None  # of fixed texts; siblings share it
 
     @property
     def texts_by_image(self) -> bool:
@@ -100,6 +107,10 @@ class PromptedTexts(nn.Module):
         features = torch.cat(groups)
         return F.normalize(features, dim=-1) if normalize else features
 
+    def text_digest(self) -> str:
+        """SHA-256 of all that the text tower computes with, beside the texts; see :meth:`vision_digest`."""
+        return tower_digest(self.text_tower)
+
     def _forget_features(self) -> None:
         self._text_cache: tuple[list[Tensor], Tensor] | None = None  # in eval mode, of these parameters
         self._kept_features: dict[tuple[str, ...], Tensor] = {}  # of texts without prompts, by their templates
@@ -160,10 +171,17 @@ class PromptedTexts(nn.Module):
         # kept from one call to the next: plain tensors in the CLIP's own precision wherever the first call is
         device = self.logit_scale.device.type
         precision = torch.autocast(device, enabled=False) if composing.autocasts(device) else contextlib.nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), precision:
-            packs: Any = self.packed if templates == self.prompt_learner.templates else self._pack_templates(templates)
+        packs: Any = self.packed if templates == self.prompt_learner.templates else self._pack_templates(templates)
+
+        def compute() -> Tensor:
             each = [self._in_groups(None, packed) for packed in packs]
-            features = each[0] if len(each) == 1 else torch.stack([F.normalize(f, dim=-1) for f in each]).mean(0)
+            return each[0] if len(each) == 1 else torch.stack([F.normalize(f, dim=-1) for f in each]).mean(0)
+
+        with torch.inference_mode(False), torch.no_grad(), precision:
+            if self.text_source is None or composing.composes():
+                features = compute()
+            else:
+                features = self.text_source(packs, self.classes_at_once, compute)
         if not composing.composes():  # what a transform sees is not to be kept
             self._kept_features[templates] = features
         if self.classes_at_once is not None:

@@ -174,7 +174,6 @@ class FixedFeatures:
         model, tower = self.model, self.model.vision_tower
         load = build_eval_transform(self.preprocess_cfg)
         pattern = Image.frombytes("RGB", (61, 47), bytes(i * i % 251 for i in range(61 * 47 * 3)))
-        on_cpu = self.device.type == "cpu"
         return {
             "upt_fast": __version__,
             "weights": model.vision_digest(),
@@ -182,14 +181,8 @@ class FixedFeatures:
             "preprocessed": _digest(load(pattern)),
             "dtype": f"{tower.class_row.dtype}{' fp8' if model.quantized else ''}",
             "batch": self.batch_size,
-            "route": [
-                model.backend,
-                tower.blocks.memory,
-                type(tower.blocks.stack).__name__,
-            ],
-            "machine": {**choices.machine(), "threads": torch.get_num_threads()}
-            if on_cpu
-            else {"gpu": torch.cuda.get_device_name(self.device), "cuda": str(torch.version.cuda)},
+            "route": [model.backend, tower.blocks.memory, type(tower.blocks.stack).__name__],
+            "machine": computes_on(self.device),
             "libraries": {
                 "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
@@ -199,6 +192,13 @@ class FixedFeatures:
             # whatever else decides on bits, choices among exact ways first of all, shows here
             "bits": _digest(found),
         }
+
+
+def computes_on(device: torch.device) -> dict[str, Any]:
+    """What bits hang on of the machine."""
+    if device.type == "cpu":
+        return {**choices.machine(), "threads": torch.get_num_threads()}
+    return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
 
 
 class FeatureDataset(ImageDataset):

@@ -19,6 +19,7 @@ import torch
 
 import upt_fast
 from upt_fast.data.duplicates import Duplicates, find_duplicates
+from upt_fast.data.feature_store import open_store
 from upt_fast.data.folder import FolderListing, scan_folder
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.engine.cpu import choices
@@ -60,6 +61,7 @@ from upt_fast.train.setup import (
     resolve_device,
     without_copies,
 )
+from upt_fast.train.texts import keep_texts
 from upt_fast.train.trainer import Trainer
 
 logger = logging.getLogger("upt_fast")
@@ -175,6 +177,7 @@ class Run:
         """
         config, out = self.config, self.out
         self.model, self.plan = model, plan_steps(config, model)
+        keep_texts(model, open_store(config.feature_store, config.feature_store_gib))
         self.data = data = load_data(config, model, self.listing, self.split, self.duplicates, features)
         if config.patience is not None and data.val is None:
             raise ValueError(
@@ -248,6 +251,7 @@ def _finish(
     if config.final_model == "best" and state.best_epoch != epoch:
         epoch = state.best_epoch
         model = load_model(config, out / "best", device, model)
+        keep_texts(model, open_store(config.feature_store, config.feature_store_gib))
         if plan is not None:
             model.follow_plan(plan)
     workers, size = count_workers(config.num_workers, device), evaluation_batch(config, plan)

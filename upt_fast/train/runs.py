@@ -28,6 +28,7 @@ from upt_fast.train.setup import (
     resolve_device,
     without_copies,
 )
+from upt_fast.train.texts import keep_texts
 
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:
@@ -123,6 +124,7 @@ def evaluate_run(
     load = build_eval_transform(preprocess_cfg(model))
     paths, workers = [item.path for item in matched.items], count_workers(num_workers, device_of(model))
     store = open_store(feature_store, feature_store_gib)
+    keep_texts(model, store)
     source = FixedFeatures(model, batch_size, workers, store, progress) if model.images_are_fixed else None
     known = [] if source is None else source.look_up(paths)
     there = {i for i, entry in enumerate(known) if entry.row is not None}
