@@ -166,3 +166,14 @@ def test_peak_memory(benchmark, provider: str, classes: int) -> None:  # type: i
     """Peak memory of a step at batch 8 in a process of its own; the time is that of the whole process."""
     benchmark.group = f"peak memory C={classes} B=8 (see extra_info)"
     measure_peak_memory(benchmark, provider, classes, 8)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's high-water mark")
+@pytest.mark.parametrize("provider", ["truncated", "fast"])
+@pytest.mark.parametrize("batch", [2, 8, 32, 128])
+def test_batch_sweep(benchmark, provider: str, batch: int) -> None:  # type: ignore[no-untyped-def]
+    """Peak memory and images a second of steps of 100 classes, each in a process of its own."""
+    benchmark.group = f"batches C=100 B={batch} (see extra_info)"
+    measure_peak_memory(benchmark, provider, 100, batch)
+    benchmark.extra_info["images_per_second"] = round(batch / benchmark.extra_info["seconds"], 2)
