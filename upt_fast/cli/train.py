@@ -36,6 +36,7 @@ def run(options: Namespace) -> int:
     from upt_fast.train.loop import train
 
     results = train(config)
-    test = results["test"]
-    print(f"accuracy {100 * test['accuracy']:.2f} %  results in {Path(config.out) / 'results.json'}")
+    test, where = results["test"], Path(config.out) / "results.json"
+    accuracy = "no test images" if test is None else f"accuracy {100 * test['accuracy']:.2f} %"
+    print(f"{accuracy}  results in {where}")
     return 0

@@ -26,7 +26,8 @@ class FewShotSplit:
         train: K per class.
         val: for choosing the best epoch; empty without a val folder.
         test: for the final evaluation.
-        test_name: where test comes from: "test", "val" (no test folder) or "rest" (what training does not use).
+        test_name: where test comes from: "test", "val" (no test folder), "rest" (what training does not use), "none" or
+            "test_data" (another directory).
     """
 
     train: tuple[ImageItem, ...]
@@ -70,7 +71,7 @@ def _rank(key: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\0{key}".encode(errors="surrogateescape")).digest()
 
 
-def few_shot_split(listing: FolderListing, shots: int | None, seed: int) -> FewShotSplit:
+def few_shot_split(listing: FolderListing, shots: int | None, seed: int, with_test: bool = True) -> FewShotSplit:
     """The training, validation and test images of a run.
 
     With split folders: shots per class of train/, min(shots, 4) of val/ (all without shots), all of test/, or of val/
@@ -80,6 +81,7 @@ def few_shot_split(listing: FolderListing, shots: int | None, seed: int) -> FewS
         listing: the dataset.
         shots: images per class; None: all.
         seed: of the draws.
+        with_test: False: no test images, so that without a folder to test on shots=None trains on every image.
     Raises:
         ValueError: there is nothing to train on or nothing left to test on.
     """
@@ -96,6 +98,8 @@ def few_shot_split(listing: FolderListing, shots: int | None, seed: int) -> FewS
             # a class with fewer than min(shots, 4) validation images changes nothing that a user would act on
             warnings.simplefilter("ignore")
             val = sample_few_shot(val_pool, min(shots, VAL_SHOTS), seed)
+    if not with_test:
+        return FewShotSplit(train, val, (), "none")
     if "test" in listing.splits:
         return FewShotSplit(train, val, listing.splits["test"], "test")
     if val_pool:
@@ -105,6 +109,7 @@ def few_shot_split(listing: FolderListing, shots: int | None, seed: int) -> FewS
     if not rest:
         raise ValueError(
             f"{'every image' if shots is None else f'shots={shots}'} of {listing.root} for training leaves none to "
-            f"test on; wanted fewer shots than the largest class has images, or a test folder"
+            f"test on; wanted fewer shots than the largest class has images, a test folder, --test-data DIR, or "
+            "--test none"
         )
     return FewShotSplit(train, val, rest, "rest")

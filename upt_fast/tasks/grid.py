@@ -154,13 +154,13 @@ def _varies(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _value_in_name(key: str, value: Any) -> str:
-    return Path(value).name if key == "data" else str(value)
+    return Path(value).name if key in ("data", "test_data") and value else str(value)
 
 
 def _in_name(key: str, value: Any) -> str:
     if key in ("method", "data"):
         return _value_in_name(key, value)
-    return f"{value}shot" if key == "shots" else f"{key}{value}"
+    return f"{value}shot" if key == "shots" else f"{key}{_value_in_name(key, value)}"
 
 
 def _config(path: str | Path, name: str, setting: Mapping[str, Any], out: str) -> TrainConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from upt_fast.common.messages import shorten
-from upt_fast.data.folder import scan_folder
+from upt_fast.data.folder import list_folders, scan_folder
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.table import Row
@@ -101,7 +101,8 @@ class Member:
     def finish(self, results: dict[str, Any]) -> None:
         """Note the task's results."""
         self.results = results
-        self.row.ended("done", accuracy=results["test"]["accuracy"])
+        test = results["test"] or {}  # None without test images
+        self.row.ended("done", accuracy=test.get("accuracy"))
 
     def fail(self, error: BaseException | str) -> None:
         """Note that the task failed; the others go on."""
@@ -178,7 +179,7 @@ def prepare(tasks: Sequence[Task], out: Path, resume: bool, here: bool = True) -
 
 def members_of(tasks: Sequence[Task], here: bool = True) -> list[Member]:
     """Tasks as they stand in their folders: new, to be resumed, or finished; see :func:`prepare`."""
-    scan = functools.cache(scan_folder)
+    scan, scan_test = functools.cache(scan_folder), functools.cache(list_folders)
     members = []
     for task in tasks:
         config = task.config.changed(resume=is_run(Path(task.config.out)), progress=False)
@@ -188,7 +189,7 @@ def members_of(tasks: Sequence[Task], here: bool = True) -> list[Member]:
             if (results := finished(config)) is not None:
                 member.finish(results)
             else:
-                member.run = Run.prepare(config, scan, here)
+                member.run = Run.prepare(config, scan, here, scan_test)
         except ValueError as error:
             raise ValueError(f"task {task.name}: {error}") from error
         members.append(member)

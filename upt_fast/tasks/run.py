@@ -265,8 +265,8 @@ def summarise(job: Job) -> None:
     for member in job.members:
         entry: dict[str, Any] = {"status": member.row.status}
         if member.results is not None:
-            test = member.results["test"]
-            entry |= {"accuracy": test["accuracy"], "mean_class_accuracy": test["mean_class_accuracy"]}
+            test = member.results["test"] or {}
+            entry |= {"accuracy": test.get("accuracy"), "mean_class_accuracy": test.get("mean_class_accuracy")}
         if member.error is not None:
             entry["error"] = member.error
         tasks[member.task.name] = entry

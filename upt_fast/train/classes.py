@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,34 @@ class MatchedImages:
     classnames: tuple[str, ...]
 
 
+def class_finder(
+    listing: FolderListing, trained: Sequence[str], model_names: Sequence[str], given: Sequence[str] | None = None
+) -> Callable[[int], int | None]:
+    """What gives the label of the class that a folder of a listing means, by its index; see :func:`match_images`.
+
+    Args:
+        listing: by its folders' own names.
+        trained: the class folders of training.
+        model_names: what the model calls them.
+        given: names of the listing's folders.
+    """
+    by_folder = {folder: label for label, folder in enumerate(trained)}
+    by_name = {plain_name(name): label for label, name in enumerate(model_names)}
+
+    def find(index: int) -> int | None:
+        folder = listing.folders[index]
+        if given is not None and (label := by_name.get(plain_name(given[index]))) is not None:
+            return label
+        own = listing.classnames[index]
+        for label in (by_folder.get(folder), by_name.get(plain_name(own))):
+            if label is not None:
+                return label
+        named = {by_name[name] for lemma in lemmas_of(own) if (name := plain_name(lemma)) in by_name}
+        return named.pop() if len(named) == 1 else None
+
+    return find
+
+
 def match_images(
     items: Sequence[ImageItem],
     listing: FolderListing,
@@ -103,20 +131,7 @@ def match_images(
     given: tuple[str, ...] | None = None
     if classnames is not None and classnames != FOLDER_NAMES:
         given = given_names(classnames, listing.folders, also=trained, where=str(listing.root))
-    by_folder = {folder: label for label, folder in enumerate(trained)}
-    by_name = {plain_name(name): label for label, name in enumerate(model_names)}
-
-    def find(index: int) -> int | None:
-        folder = listing.folders[index]
-        if given is not None and (label := by_name.get(plain_name(given[index]))) is not None:
-            return label
-        own = listing.classnames[index]
-        for label in (by_folder.get(folder), by_name.get(plain_name(own))):
-            if label is not None:
-                return label
-        named = {by_name[name] for lemma in lemmas_of(own) if (name := plain_name(lemma)) in by_name}
-        return named.pop() if len(named) == 1 else None
-
+    find = class_finder(listing, trained, model_names, given)
     shown = list(model_names)
     labels: dict[int, int] = {}
     folders: dict[int, str] = {}
@@ -136,8 +151,9 @@ def match_images(
             shown[label] = given[index]
     if unknown:
         raise ValueError(
-            f"class folders that the model was not trained on: {shorten(unknown)}; it knows {len(by_name)} classes: "
-            f"{shorten(model_names)}. Where these are called otherwise, say how with --classnames FILE (folder, name)"
+            f"class folders that the model was not trained on: {shorten(unknown)}; it knows {len(model_names)} "
+            f"classes: {shorten(model_names)}. Where these are called otherwise, say how with --classnames FILE "
+            "(folder, name)"
         )
     matched = [replace(item, label=labels[item.label], classname=shown[labels[item.label]]) for item in items]
     return MatchedImages(matched, tuple(shown))

@@ -19,6 +19,7 @@ from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method
 FREE_ON_RESUME = frozenset(
     (
         "data",
+        "test_data",
         "classnames",  # what matters are the names: split.json has them
         "out",
         "device",
@@ -83,6 +84,13 @@ class TrainConfig:
         None,
     )
     shots: int | Literal["all"] = _option("training images per class, or all", 16)
+    test: Literal["data", "none"] = _option(
+        "test images: those that data has for it, or none: nothing is set aside, and with shots all every image trains",
+        "data",
+    )
+    test_data: str | None = _option(
+        "directory of the test images, with the classes of data by their folders' names; none: they are in data", None
+    )
     seed: int = _option("of the few-shot draw, the initial prompts, the order of images and their augmentation", 1)
     epochs: int = _option(
         "passes over the training images; UPT's recipe: 50 for ImageNet, 200 for others; others' by --config",
@@ -164,6 +172,10 @@ class TrainConfig:
             raise ValueError("feature_store=''; wanted a folder, 'off' or none")
         if self.classnames is not None and not self.classnames:
             raise ValueError("classnames=''; wanted a JSON or CSV file, 'folders' or none")
+        if self.test_data is not None and (not self.test_data or self.test == "none"):
+            raise ValueError(
+                f"test_data={self.test_data!r} with test={self.test!r}; wanted a directory with test='data', or none"
+            )
         if self.shots != "all" and (isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1):
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):
@@ -236,12 +248,14 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, flat: the run's settings and, by their names, all of the method's options.
 
-        data, out, files of a checkpoint and of class names and the file of a method are absolute paths, so that it
-        holds from any folder.
+        data, test_data, out, files of a checkpoint and of class names and the file of a method are absolute paths, so
+        that it holds from any folder.
         """
         values = {name: getattr(self, name) for name in train_fields()}
         values["data"] = str(Path(self.data).absolute())
         values["out"] = str(Path(self.out).absolute())
+        if self.test_data is not None:
+            values["test_data"] = str(Path(self.test_data).absolute())
         if self.pretrained is not None and Path(self.pretrained).is_file():
             values["pretrained"] = str(Path(self.pretrained).absolute())
         if self.classnames not in (None, FOLDER_NAMES):
@@ -267,8 +281,15 @@ class TrainConfig:
         return [
             f"{name}: {other.get(name)!r} there, {value!r} here"
             for name, value in mine.items()
-            if name not in FREE_ON_RESUME and other.get(name) != value and (name, value) != ("cache", None)
+            if (name not in FREE_ON_RESUME or _turned(name, other.get(name), value))
+            and other.get(name) != value
+            and (name, value) != ("cache", None)
         ]
+
+
+def _turned(name: str, there: Any, here: Any) -> bool:
+    """Whether a setting that may be another one on resumption was given where there was none, or the other way."""
+    return name == "test_data" and (there is None) != (here is None)
 
 
 def train_fields() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -97,6 +98,12 @@ class RunImages:
         self.shorter = config.cache_size if config.cache_size is not None else 2 * size
         if self.shorter < size:
             raise ValueError(f"cache_size={self.shorter}; wanted at least this CLIP's image size, {size}")
+
+    def of(self, root: str | Path) -> RunImages:
+        """The same, for images of another directory, within what is left of the memory."""
+        other = copy.copy(self)
+        other.dataset = os.path.realpath(root)
+        return other
 
     def training(self, items: Sequence[ImageItem]) -> tuple[AugmentedDataset, list[str]]:
         """The training images, and why some of them cannot be read."""

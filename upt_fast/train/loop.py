@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import upt_fast
 from upt_fast.data.duplicates import Duplicates, find_duplicates
 from upt_fast.data.feature_store import open_store
-from upt_fast.data.folder import FolderListing, scan_folder
+from upt_fast.data.folder import FolderListing, list_folders, scan_folder
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
-from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import (
     LOCK_FILE,
     TrainingState,
@@ -37,8 +32,8 @@ from upt_fast.train.checkpoint import (
     write_json,
 )
 from upt_fast.train.config import TrainConfig
-from upt_fast.train.evaluation import evaluate
 from upt_fast.train.features import FixedFeatures
+from upt_fast.train.final import finish
 from upt_fast.train.images import GIB, with_cache
 from upt_fast.train.setup import (
     CHOICES_FILE,
@@ -50,17 +45,14 @@ from upt_fast.train.setup import (
     asked_names,
     build_model,
     check_out,
-    count_workers,
     describe_split,
-    evaluation_batch,
     load_data,
-    load_model,
     log_duplicates,
     log_links,
     plan_steps,
     resolve_device,
-    without_copies,
 )
+from upt_fast.train.test_data import with_test_data
 from upt_fast.train.texts import keep_texts
 from upt_fast.train.trainer import Trainer
 
@@ -117,6 +109,7 @@ class Run:
         listing: the dataset.
         split: the images of the run.
         duplicates: images that are there twice.
+        broken: what to say of the links of test_data that lead nowhere.
     """
 
     config: TrainConfig
@@ -124,19 +117,27 @@ class Run:
     listing: FolderListing
     split: FewShotSplit
     duplicates: Duplicates
+    broken: tuple[str, ...] = ()
     plan: MemoryPlan | None = None  # None: no limit
     trainer: Trainer | None = None  # None before it is begun, and where there is nothing to train
     model: FastPromptedCLIP = field(init=False)
     data: RunData = field(init=False)
 
     @classmethod
-    def prepare(cls, config: TrainConfig, scan: Callable[..., FolderListing] | None = None, here: bool = True) -> Run:
+    def prepare(
+        cls,
+        config: TrainConfig,
+        scan: Callable[..., FolderListing] | None = None,
+        here: bool = True,
+        scan_test: Callable[..., FolderListing] = list_folders,
+    ) -> Run:
         """List the dataset and draw the images of a run that is not :func:`finished`.
 
         Args:
             config: the settings.
             scan: :func:`scan_folder`, or what remembers its results.
             here: whether it is to run on this machine, which then must have its device.
+            scan_test: :func:`list_folders`, or what remembers its results.
         Raises:
             ValueError: as :func:`train`, but for what only the model or the decoded images show.
         """
@@ -144,12 +145,16 @@ class Run:
             resolve_device(config.device)
         listing = (scan or scan_folder)(config.data, config.classes_from, asked_names(config, Path(config.out)))
         log_links(listing)
-        split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed)
+        with_test = config.test != "none" and config.test_data is None
+        split = few_shot_split(listing, None if config.shots == "all" else config.shots, config.seed, with_test)
         if len(listing.classnames) < 2:
             raise ValueError(f"{config.data} has 1 class, {listing.classnames[0]!r}; wanted at least 2 to tell apart")
+        broken: tuple[str, ...] = ()
+        if config.test_data is not None:
+            split, broken = with_test_data(split, listing, config.test_data, scan_test, config.classes_from)
         duplicates = find_duplicates(split)
         log_duplicates(duplicates, config.duplicates == "drop")
-        return cls(config, Path(config.out), listing, split, duplicates)
+        return cls(config, Path(config.out), listing, split, duplicates, broken)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -178,7 +183,8 @@ class Run:
         config, out = self.config, self.out
         self.model, self.plan = model, plan_steps(config, model)
         keep_texts(model, open_store(config.feature_store, config.feature_store_gib))
-        self.data = data = load_data(config, model, self.listing, self.split, self.duplicates, features)
+        found = self.listing, self.split, self.duplicates
+        self.data = data = load_data(config, model, *found, features, self.broken)
         if config.patience is not None and data.val is None:
             raise ValueError(
                 f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder "
@@ -205,16 +211,16 @@ class Run:
         """Say what is going to be trained."""
         config, out, data, trainer = self.config, self.out, self.data, self.trainer
         if trainer is None:
-            logger.info("%s has nothing to train; testing on %d images", config.method, len(data.test))
+            logger.info("%s has nothing to train; %s", config.method, self._tested())
             return
         if config.resume:
             logger.info("resuming %s after epoch %d of %d", out, trainer.state.epoch, config.epochs)
         logger.info(
-            "training on %d images of %d classes, %s; testing on %d",
+            "training on %d images of %d classes, %s; %s",
             len(data.train),
             len(data.classnames),
             f"{len(data.val)} for validation" if data.val else "none for validation",
-            len(data.test),
+            self._tested(),
         )
         if self.plan is None:
             logger.info(
@@ -223,11 +229,14 @@ class Run:
                 self.model.predict_peak_memory(config.batch_size, trainer.from_features) / GIB,
             )
 
+    def _tested(self) -> str:
+        return "no test" if self.data.test is None else f"testing on {len(self.data.test)} images"
+
     def finish(self) -> dict[str, Any]:
         """Evaluate on the test images and write the results."""
         trainer = self.trainer
         state = _save_untrained(self.out, self.model, self.data) if trainer is None else trainer.state
-        return _finish(self.config, self.out, self.model, state, self.data, self.plan)
+        return finish(self.config, self.out, self.model, state, self.data, self.plan)
 
 
 def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> TrainingState:
@@ -237,61 +246,3 @@ def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> Traini
     state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=0.0)
     write_checkpoint(out, model, {}, state, data.classes.to_dict())
     return state
-
-
-def _finish(
-    config: TrainConfig,
-    out: Path,
-    model: FastPromptedCLIP,
-    state: TrainingState,
-    data: RunData,
-    plan: MemoryPlan | None,
-) -> dict[str, Any]:
-    device, epoch = device_of(model), state.epoch
-    if config.final_model == "best" and state.best_epoch != epoch:
-        epoch = state.best_epoch
-        model = load_model(config, out / "best", device, model)
-        keep_texts(model, open_store(config.feature_store, config.feature_store_gib))
-        if plan is not None:
-            model.follow_plan(plan)
-    workers, size = count_workers(config.num_workers, device), evaluation_batch(config, plan)
-    test = evaluate(model, data.test, size, workers, description="testing", progress=config.progress)
-    chosen_by: str = "validation accuracy"
-    value: float | None = state.best_metric
-    if epoch == 0:
-        chosen_by, value = "nothing: the method has no parameters", None
-    elif data.val is None:
-        chosen_by, value = "training loss (there are no validation images)", -state.best_metric
-    results = {
-        "evaluated": config.final_model,
-        "epoch": epoch,
-        "epochs_done": state.epoch,
-        "test_images_from": {"rest": "images that training does not use"}.get(
-            data.split.test_name, f"{data.split.test_name} folder"
-        )
-        + without_copies(len(data.dropped)),
-        "test": asdict(test),
-        "best": {"epoch": state.best_epoch, "chosen_by": chosen_by, "value": value},
-        "num_train": len(data.train),
-        "num_val": len(data.val) if data.val else 0,
-        "skipped": data.skipped,
-        "trainable_parameters": sum(p.numel() for p in model.parameters()),
-        "environment": {
-            "upt_fast": upt_fast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-    }
-    if plan is not None:
-        results["memory_plan"] = plan._asdict()
-    write_json(out / RESULTS_FILE, results)
-    logger.info(
-        "test accuracy %.2f %%, mean over classes %.2f %% (%d images, %s model, epoch %d)",
-        100 * test.accuracy,
-        100 * test.mean_class_accuracy,
-        test.num_images,
-        config.final_model,
-        epoch,
-    )
-    return results

@@ -28,6 +28,7 @@ from upt_fast.train.setup import (
     resolve_device,
     without_copies,
 )
+from upt_fast.train.test_data import choose_split, key_of
 from upt_fast.train.texts import keep_texts
 
 
@@ -157,10 +158,16 @@ def _eval_items(listing: FolderListing, split: str | None, folder: Path) -> tupl
     splits, data = listing.splits, listing.root
     run = _run_of(folder)
     recorded: dict[str, Any] | None = None
-    if run is not None and os.path.realpath(read_json(run / CONFIG_FILE)["data"]) == os.path.realpath(data):
-        recorded = read_json(run / SPLIT_FILE)
+    dropped: set[str] = set()
+    if run is not None:
+        config, split_of_run = read_json(run / CONFIG_FILE), read_json(run / SPLIT_FILE)
+        left_out = split_of_run.get("duplicates", {}).get("dropped", ())  # older runs have looked for none
+        if os.path.realpath(config["data"]) == os.path.realpath(data):
+            recorded, dropped = split_of_run, set(left_out)
+        if config.get("test_data") and os.path.realpath(config["test_data"]) == os.path.realpath(data):
+            dropped = {key.removeprefix(key_of("")) for key in left_out}
     if ALL_IMAGES not in splits:
-        chosen = split or next(name for name in ("test", "val", "train") if name in splits or name in listing.broken)
+        chosen = split or choose_split(listing)
         _refuse_broken(listing, chosen)
         if chosen not in splits:
             raise ValueError(f"{data} has no {chosen} folder; wanted one of {', '.join(splits)}")
@@ -174,8 +181,8 @@ def _eval_items(listing: FolderListing, split: str | None, folder: Path) -> tupl
             trained = set(recorded["train"])
             items = tuple(item for item in items if item.key not in trained)
             where = "images that training did not use"
-    # older runs have looked for none
-    dropped = set(recorded.get("duplicates", {}).get("dropped", ())) if recorded else set()
+            if not items:
+                raise ValueError(f"{data} has no image that the run was not trained on; wanted others to evaluate on")
     kept = [item for item in items if item.key not in dropped]
     return kept, where + without_copies(len(items) - len(kept))
 

@@ -30,6 +30,7 @@ from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.images import RunImages
+from upt_fast.train.test_data import TEST_DATA
 
 logger = logging.getLogger("upt_fast")
 
@@ -49,7 +50,7 @@ class RunData:
     dropped: tuple[ImageItem, ...]
     train: AugmentedDataset
     val: ImageDataset | None
-    test: ImageDataset
+    test: ImageDataset | None
     skipped: list[str]
 
 
@@ -165,17 +166,26 @@ def load_data(
     split: FewShotSplit,
     duplicates: Duplicates,
     features: dict[Any, FixedFeatures] | None = None,
+    broken: Sequence[str] = (),
 ) -> RunData:
-    """Decode every image that the run reads, and keep what fits where the config says."""
+    """Decode every image that the run reads, and keep what fits where the config says.
+
+    Args:
+        broken: what to say of the links of test_data that lead nowhere.
+    """
     dropped = duplicates.test_copies if config.duplicates == "drop" else ()
     if dropped:
         split = drop_test_copies(split, duplicates)
     kept = RunImages(
         config, preprocess_cfg(model), listing.root, device_of(model), fixed_features(config, model, features)
     )
-    failures = [reason for reasons in listing.broken.values() for reason in reasons]
+    unread = ("test",) if split.test_name in ("none", TEST_DATA) else ()
+    failures = [reason for name, reasons in listing.broken.items() if name not in unread for reason in reasons]
+    failures += broken
     train, failed = kept.training(split.train)
     val, failed_val = kept.evaluation("validation", split.val)
+    if config.test_data is not None:
+        kept = kept.of(config.test_data)
     test, failed_test = kept.evaluation("test", split.test)
     failures += [*failed, *failed_val, *failed_test]
     if failures:
@@ -185,7 +195,7 @@ def load_data(
         trained = {item.label for item in train.base.items}
         if lost := [name for label, name in enumerate(listing.classnames) if label not in trained]:
             raise ValueError(f"no training image is left of {len(lost)} class(es): {shorten(lost)}")
-        if not len(test):
+        if split.test and not len(test):
             raise ValueError("no test image is left; wanted at least one that can be read")
     return RunData(
         classnames=listing.classnames,
@@ -195,7 +205,7 @@ def load_data(
         dropped=dropped,
         train=train,
         val=val if len(val) else None,
-        test=test,
+        test=test if len(test) else None,
         skipped=failures,
     )
 
@@ -242,9 +252,16 @@ def describe_split(data: RunData) -> dict[str, Any]:
         "train": [item.key for item in data.train.base.items],
         "val": [] if data.val is None else [item.key for item in data.val.items],
         "test_split": data.split.test_name,
-        "num_test": len(data.test),
+        "num_test": 0 if data.test is None else len(data.test),
+        **({"test": [item.key for item in data.test.items]} if data.test and data.split.test_name == TEST_DATA else {}),
         "duplicates": {**data.duplicates.keys(), "dropped": [item.key for item in data.dropped]},
     }
+
+
+def describe_test(data: RunData, config: TrainConfig) -> str:
+    """Where the test images come from, in words."""
+    named = {"rest": "images that training does not use", "none": "none", TEST_DATA: config.to_dict()["test_data"]}
+    return named.get(data.split.test_name, f"{data.split.test_name} folder") + without_copies(len(data.dropped))
 
 
 def log_duplicates(found: Duplicates, drop: bool) -> None:

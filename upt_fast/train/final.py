@@ -1,0 +1,132 @@
+"""The final evaluation of a run: test accuracy of each set of weights that it has, written into results.json."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import upt_fast
+from upt_fast.data.feature_store import open_store
+from upt_fast.model import FastPromptedCLIP
+from upt_fast.steps import MemoryPlan
+from upt_fast.train.batches import device_of
+from upt_fast.train.checkpoint import TrainingState, write_json
+from upt_fast.train.config import TrainConfig
+from upt_fast.train.evaluation import Evaluation, evaluate
+from upt_fast.train.setup import (
+    RESULTS_FILE,
+    RunData,
+    count_workers,
+    describe_test,
+    evaluation_batch,
+    load_model,
+)
+from upt_fast.train.texts import keep_texts
+
+logger = logging.getLogger("upt_fast")
+
+BRIEFLY = ("accuracy", "mean_class_accuracy", "loss")  # of an evaluation, what results.json has of each set of weights
+
+
+def finish(
+    config: TrainConfig,
+    out: Path,
+    model: FastPromptedCLIP,
+    state: TrainingState,
+    data: RunData,
+    plan: MemoryPlan | None,
+) -> dict[str, Any]:
+    """Evaluate on the test images, if there are any, and write results.json.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        model: with the weights of its last checkpoint.
+        state: of that checkpoint.
+        data: the run's images.
+        plan: how its passes stay below a limit of memory; None: no limit.
+    Returns:
+        What the file holds.
+    """
+    epochs = {"last": state.epoch, "best": state.best_epoch}
+    tests = {} if data.test is None else dict(_evaluations(config, out, model, epochs, data, plan))
+    test = tests.get(config.final_model)
+    device = device_of(model)
+    results: dict[str, Any] = {
+        "evaluated": config.final_model,
+        "epoch": epochs[config.final_model],
+        "epochs_done": state.epoch,
+        "test_images_from": describe_test(data, config),
+        "test": None if test is None else asdict(test),
+        "test_of": {
+            name: {"epoch": epochs[name], **{key: getattr(found, key) for key in BRIEFLY}}
+            for name, found in tests.items()
+        },
+        "best": _describe_best(state, data),
+        "num_train": len(data.train),
+        "num_val": len(data.val) if data.val else 0,
+        "skipped": data.skipped,
+        "trainable_parameters": sum(p.numel() for p in model.parameters()),
+        "environment": {
+            "upt_fast": upt_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+    }
+    if plan is not None:
+        results["memory_plan"] = plan._asdict()
+    write_json(out / RESULTS_FILE, results)
+    if test is not None:
+        logger.info(
+            "test accuracy %.2f %%, mean over classes %.2f %% (%d images, %s model, epoch %d)",
+            100 * test.accuracy,
+            100 * test.mean_class_accuracy,
+            test.num_images,
+            config.final_model,
+            results["epoch"],
+        )
+    return results
+
+
+def _evaluations(
+    config: TrainConfig,
+    out: Path,
+    model: FastPromptedCLIP,
+    epochs: dict[str, int],
+    data: RunData,
+    plan: MemoryPlan | None,
+) -> Iterator[tuple[str, Evaluation]]:
+    """Each set of weights with its evaluation; those that are the same are evaluated once."""
+    assert data.test is not None
+    device = device_of(model)
+    workers, size = count_workers(config.num_workers, device), evaluation_batch(config, plan)
+    last = evaluate(model, data.test, size, workers, description="testing", progress=config.progress)
+    yield "last", last
+    for name in epochs:
+        if name == "last":
+            continue
+        if name == "best" and epochs["best"] == epochs["last"]:
+            yield name, last
+            continue
+        other = load_model(config, out / name, device, model)
+        keep_texts(other, open_store(config.feature_store, config.feature_store_gib))
+        if plan is not None:
+            other.follow_plan(plan)
+        yield name, evaluate(other, data.test, size, workers, description=f"testing {name}", progress=config.progress)
+
+
+def _describe_best(state: TrainingState, data: RunData) -> dict[str, Any]:
+    chosen_by: str = "validation accuracy"
+    value: float | None = state.best_metric
+    if state.epoch == 0:
+        chosen_by, value = "nothing: the method has no parameters", None
+    elif data.val is None:
+        chosen_by, value = "training loss (there are no validation images)", -state.best_metric
+    return {"epoch": state.best_epoch, "chosen_by": chosen_by, "value": value}
