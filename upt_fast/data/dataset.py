@@ -92,25 +92,33 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) in an order that is a function of (seed, epoch).
 
     As in the field's recipe, images that do not fill the last batch sit out this epoch (others do in the next), unless
-    there is no full batch at all.
+    there is no full batch at all. Where batches are accumulated several are one, the last of an epoch what is left.
 
     Args:
         num_samples: N images.
         batch_size: images per batch.
         seed: of the run.
+        accumulate: batches that are one.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_samples: int, batch_size: int, seed: int, accumulate: int = 1) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
+        self.accumulate = accumulate
         self.epoch = 0
 
     def __len__(self) -> int:
-        return max(1, self.num_samples // self.batch_size)
+        return steps_of_epoch(self.num_samples, self.batch_size, self.accumulate)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_samples, generator=generator).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+        used, size = max(1, self.num_samples // self.batch_size) * self.batch_size, self.batch_size * self.accumulate
+        for start in range(0, used, size):
+            yield [(self.epoch, index) for index in order[start : min(start + size, used)]]
+
+
+def steps_of_epoch(num_samples: int, batch_size: int, accumulate: int = 1) -> int:
+    """Optimizer steps of an epoch, of accumulate batches each; the last one may have fewer."""
+    return -(-max(1, num_samples // batch_size) // accumulate)

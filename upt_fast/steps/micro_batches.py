@@ -70,7 +70,7 @@ class StepInParts:
         """Add the loss's gradients to those of the parameters.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, 3, H, W), or their (B, e) features where no prompt changes them.
             labels: (B,) int64.
             loss: of logits (B, C) and labels (B,).
             scale: what the loss passes before backward, as GradScaler.scale.
@@ -88,7 +88,7 @@ class StepInParts:
         batch = groups.bounds(len(images), self.parts.images or len(images))
 
         def encode(part: tuple[int, int]) -> Tensor:
-            return model._encode_image(images[slice(*part)], Prompts(visual=visual))
+            return _features(model, images[slice(*part)], Prompts(visual=visual))
 
         def logits_of(features: Tensor) -> Tensor:
             return model._logits(features, F.normalize(texts.leaf.to(features.dtype), dim=-1)).to(scalars)
@@ -111,7 +111,7 @@ class StepInParts:
             value = loss(logits, labels)
             if model._loss_terms is not None:
                 normal = F.normalize(texts.leaf.to(features.dtype), dim=-1)
-                value = value + model._added_terms(images, labels, leaf, normal, logits, self.parts.images)
+                value = value + self._added_terms(images, labels, leaf, normal, logits)
             scale(value).backward()
             total, found = value.detach(), logits.detach()
             if leaf.grad is not None:
@@ -127,7 +127,7 @@ class StepInParts:
         model, scalars = self.model, self.model.logit_scale.dtype
         batch = groups.bounds(len(images), self.parts.images or len(images))
         with torch.no_grad():  # no prompt enters the image tower
-            features = torch.cat([model.encode_image(images[slice(*part)]) for part in batch])
+            features = torch.cat([_features(model, images[slice(*part)], Prompts()) for part in batch])
         if len(batch) > 1 or self.parts.classes is not None:
             model.vision_tower.blocks.release()
         made = model.prompt_learner(features).text
@@ -163,7 +163,7 @@ class StepInParts:
             logits = ordered([leaf])
             value = loss(logits, labels)
             if model._loss_terms is not None:
-                value = value + model._added_terms(images, labels, features, None, logits, self.parts.images)
+                value = value + self._added_terms(images, labels, features, None, logits)
             scale(value).backward()
             assert leaf.grad is not None
             grads = [leaf.grad[slice(*batch[i]), group.first : group.end] for i, group in places]
@@ -173,6 +173,14 @@ class StepInParts:
             text.grad = torch.cat([part.grad for part in own if part.grad is not None])
         _through([(made, text)])
         return total, found
+
+    def _added_terms(
+        self, images: Tensor, labels: Tensor, features: Tensor, texts: Tensor | None, logits: Tensor
+    ) -> Tensor:
+        """What the method adds to the loss; see FastPromptedCLIP._added_terms."""
+        given = (None, images) if images.ndim == 2 else (images, None)
+        of = labels, features, texts, logits, self.parts.images
+        return self.model._added_terms(given[0], *of, image_features=given[1])
 
     def class_groups(self) -> list[groups.ClassGroup]:
         """The model's classes as they run."""
@@ -228,6 +236,13 @@ class _Texts:
         StepInParts._backward(self.groups, self._encode, self.kept, grads)
         if len(self.groups) > 1:
             self.model.text_tower.blocks.release()
+
+
+def _features(model: FastPromptedCLIP, images: Tensor, prompts: Prompts) -> Tensor:
+    """Normalised features (B, e) of images, or of their features."""
+    if images.ndim == 2:
+        return model._image_features(None, images, prompts)
+    return model._encode_image(images, prompts)
 
 
 def _unscaled(loss: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class StepsByPlan(nn.Module):
         """What ``loss_and_logits(...)[0].backward()`` does, with the memory of a part of it: the same gradients.
 
         Args:
-            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation.
+            images: (B, 3, H, W), normalised with the CLIP's mean and standard deviation, or their (B, e) features where
+                ``images_are_fixed``.
             labels: (B,) int64, indices of the class names.
             micro_batches: images and classes that run at once (micro_batches.py).
             loss: of logits (B, C) and labels (B,). Cross-entropy, also with label_smoothing by functools.partial, costs

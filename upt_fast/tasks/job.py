@@ -207,8 +207,13 @@ def backbone_of(member: Member) -> str:
 
 
 def of_one_shape(members: Sequence[Member]) -> Iterator[list[Member]]:
-    """Tasks whose prompts have one shape."""
-    return _together(members, lambda member: repr((member.config.method, member.config.method_config())))
+    """Tasks whose prompts have one shape; those whose steps are of several batches apart from the others."""
+
+    def shape(member: Member) -> str:
+        config = member.config
+        return repr((config.method, config.method_config(), config.accumulate > 1))
+
+    return _together(members, shape)
 
 
 class Portion(NamedTuple):

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from upt_fast.data.dataset import steps_of_epoch
 from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.job import Member, of_one_backbone, of_one_shape, prepare
 from upt_fast.tasks.joint import MultiTask
-from upt_fast.tasks.run import Backbone, empty_batch, fitting
+from upt_fast.tasks.run import Backbone, empty_batch, fitting, in_turn
 from upt_fast.train.images import GIB
 
 
@@ -58,32 +59,38 @@ def plan_tasks(tasks: Sequence[Task], max_memory: int | None = None) -> list[Gro
             while left:
                 chosen = fitting(left, backbone, max_memory)
                 left = left[len(chosen) :]
-                plan, work, together = _plan(chosen)
+                plan, work, timed, together = _plan(chosen)
                 if speed is None and work:
-                    speed = plan.flops / _seconds(together, chosen)
+                    speed = timed / _seconds(together, chosen)
                 plans.append(plan._replace(seconds=work / speed if speed else 0.0))
                 for member in chosen:
                     member.model = None
     return plans
 
 
-def _plan(group: Sequence[Member]) -> tuple[GroupPlan, int, MultiTask]:
-    """The plan of a group, still without time; the FLOPs of all its steps; and its models together."""
-    flops, steps, work, models = 0, 0, 0, []
+def _plan(group: Sequence[Member]) -> tuple[GroupPlan, int, int, MultiTask]:
+    """The plan of a group, still without time; the FLOPs of all its steps and of a batch of each; its models."""
+    flops, steps, work, timed, total, models = 0, 0, 0, 0, 0, []
     for member in group:
         assert member.run is not None
         assert member.model is not None
         model, batch_size, images = member.model, member.config.batch_size, len(member.run.split.train)
         member.size = min(batch_size, images)
-        cost = Step(model, member.size).flops(member.config.memory, member.size, len(model.classnames))
+        config = member.config
+        whole = min(images, config.step_size, max(1, images // batch_size) * batch_size)  # of a step
+        at_once = config.memory, member.size, len(model.classnames)
+        cost = Step(model, whole).flops(*at_once)
+        timed, total = timed + Step(model, member.size).flops(*at_once), total + whole
         trained = any(True for _ in model.parameters())
-        member.end = member.config.epochs * max(1, images // batch_size) if trained else 0
+        member.end = config.epochs * steps_of_epoch(images, batch_size, config.accumulate) if trained else 0
         flops, steps, work = flops + cost, max(steps, member.end), work + cost * member.end
         models.append(model)
     together, sizes = MultiTask(models), [member.size for member in group]
     names = tuple(member.task.name for member in group)
     memory = together.predict_peak_memory(sizes)
-    return GroupPlan(names, group[0].config.method, steps, sum(sizes), flops, memory, 0.0), work, together
+    if in_turn(group[0]):
+        memory = max(model.predict_peak_memory(size) for model, size in zip(models, sizes, strict=True))
+    return GroupPlan(names, group[0].config.method, steps, total, flops, memory, 0.0), work, timed, together
 
 
 def _seconds(together: MultiTask, members: Sequence[Member]) -> float:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upt_fast.data.dataset import steps_of_epoch
 from upt_fast.engine.memory import Need, peak
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps.planning import Step
@@ -35,7 +36,14 @@ from upt_fast.train.checkpoint import is_run, locked, read_json, write_json
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.recording import TrainingDivergedError
-from upt_fast.train.setup import RESULTS_FILE, SPLIT_FILE, build_model, has_fixed_features, resolve_device
+from upt_fast.train.setup import (
+    RESULTS_FILE,
+    SPLIT_FILE,
+    build_model,
+    has_fixed_features,
+    parts_of,
+    resolve_device,
+)
 from upt_fast.train.trainer import Batch
 
 
@@ -108,7 +116,8 @@ def fitting(members: Sequence[Member], backbone: Backbone, max_memory: int | Non
         member.model = backbone.model_of(member)
         if limit is None:
             limit = room(resolve_device(member.config.device))
-        needs += Step(member.model, member.config.batch_size).needs()
+        own = Step(member.model, member.config.batch_size).needs()
+        needs = [*own] if in_turn(member) else [*needs, *own]
         if chosen and peak(*needs) > limit:
             member.model = None
             break
@@ -153,7 +162,8 @@ def _begin(
             count = len(read_json(Path(config.out) / SPLIT_FILE)["train"])
             member.size = min(config.batch_size, count)
             if member.results is not None:
-                member.end = member.results.get("epochs_done", config.epochs) * max(1, count // config.batch_size)
+                epochs = member.results.get("epochs_done", config.epochs)
+                member.end = epochs * steps_of_epoch(count, config.batch_size, config.accumulate)
             member.at, member.model = member.end, model
             member.from_features = config.augment == "none" and has_fixed_features(config, model)
         return
@@ -189,6 +199,10 @@ def _take_steps(job: Job, group: list[Member], show: Callable[[], None]) -> None
         if not any(member.batch is not None for member in group):
             return
         sharing = [i for i, member in enumerate(group) if step < member.end]
+        if in_turn(group[0]):
+            _step_in_turn(job, [group[i] for i in sharing], step)
+            show()
+            continue
         key = tuple(sharing)
         if key not in together:
             together.clear()
@@ -219,6 +233,29 @@ def _step(job: Job, together: MultiTask, sharing: Sequence[Member], step: int) -
     for i, trainer in real:
         trainer.optimizer.step()
         _advance(job, sharing[i], (found[i][0].detach(), found[i][1].detach()))
+
+
+def in_turn(member: Member) -> bool:
+    """Whether a task takes its steps for itself: one of several batches is to have the memory of one."""
+    return member.config.accumulate > 1
+
+
+def _step_in_turn(job: Job, sharing: Sequence[Member], step: int) -> None:
+    """One step of each task that is at it, as it would take it alone."""
+    for member in sharing:
+        if member.at != step or member.batch is None:
+            continue
+        assert member.model is not None
+        assert member.run is not None
+        assert member.run.trainer is not None
+        assert member.randomness is not None
+        parts, trainer = parts_of(member.config, member.model), member.run.trainer
+        assert parts is not None
+        trainer.optimizer.zero_grad(set_to_none=True)
+        with member.randomness:
+            result = member.model.backward_in_parts(*member.batch, parts, trainer.loss)
+        trainer.optimizer.step()
+        _advance(job, member, result)
 
 
 def empty_batch(member: Member) -> Batch:

@@ -99,7 +99,10 @@ class TrainConfig:
     patience: int | None = _option(
         "end after so many epochs without a better validation accuracy; none: train all epochs", None
     )
-    batch_size: int = _option("training images per step", 32)
+    batch_size: int = _option("training images per batch; a step takes one, or more with accumulate", 32)
+    accumulate: int = _option(
+        "batches per step: its gradient is that of the mean over all their images, of which batch_size run at once", 1
+    )
     test_batch_size: int = _option("images per forward pass of an evaluation", 100)
     optimizer: Literal["sgd", "adamw"] = _option("sgd, the field's, or adamw with PyTorch's betas", "sgd")
     lr: float = _option("learning rate after the warm-up epoch, before the cosine decay", 0.002)
@@ -178,7 +181,7 @@ class TrainConfig:
             )
         if self.shots != "all" and (isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1):
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
-        for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("test_batch_size", 1)):
+        for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("test_batch_size", 1)):
             require_int(name, getattr(self, name), minimum)
         for name, minimum in (("num_workers", 0), ("text_batch", 1), ("patience", 1), ("cache_size", 1)):
             if getattr(self, name) is not None:
@@ -240,6 +243,11 @@ class TrainConfig:
         if missing := [name for name in required if name not in self.options]:
             raise ValueError(f"method {method.name!r} needs a value for {', '.join(missing)}")
         return method.config.from_options(self.options)
+
+    @property
+    def step_size(self) -> int:
+        """Images of an optimizer step."""
+        return self.batch_size * self.accumulate
 
     def changed(self, **values: Any) -> TrainConfig:
         """This run with other settings."""

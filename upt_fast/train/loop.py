@@ -224,8 +224,9 @@ class Run:
         )
         if self.plan is None:
             logger.info(
-                "a step of %d images needs about %.2f GiB beside the weights",
-                config.batch_size,
+                "a step of %d images%s needs about %.2f GiB beside the weights",
+                config.step_size,
+                f", {config.batch_size} at once," if config.accumulate > 1 else "",
                 self.model.predict_peak_memory(config.batch_size, trainer.from_features) / GIB,
             )
 

@@ -23,7 +23,7 @@ from upt_fast.data.sampling import FewShotSplit
 from upt_fast.engine.workspace import keep_heap_small
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.saving import load_for
-from upt_fast.steps import MemoryPlan
+from upt_fast.steps import MemoryPlan, MicroBatches
 from upt_fast.train.batches import device_of, eval_mode
 from upt_fast.train.checkpoint import LOCK_FILE, is_run, read_json
 from upt_fast.train.classes import TrainedClasses
@@ -153,7 +153,7 @@ def plan_steps(config: TrainConfig, model: FastPromptedCLIP) -> MemoryPlan | Non
     """How steps run where the settings limit their memory; a ValueError where nothing fits. Says it, and sets it up."""
     if config.max_memory is None:
         return None
-    plan = model.plan_memory(config.batch_size, parse_bytes("max_memory", config.max_memory))
+    plan = model.plan_memory(config.step_size, parse_bytes("max_memory", config.max_memory))
     model.follow_plan(plan)
     logger.info("max_memory %s: %s", config.max_memory, plan.describe())
     return plan
@@ -235,6 +235,16 @@ def fixed_features(
         workers = count_workers(config.num_workers, device_of(model))
         shared[settings] = FixedFeatures(model, config.test_batch_size, workers, store, config.progress)
     return shared[settings]
+
+
+def parts_of(config: TrainConfig, model: FastPromptedCLIP, plan: MemoryPlan | None = None) -> MicroBatches | None:
+    """What runs at once in a step: as a plan says, else a batch where a step has several; None: the whole step."""
+    if plan is not None:
+        return plan.micro_batches
+    if config.accumulate == 1:
+        return None
+    size = config.batch_size
+    return MicroBatches(images=min(size, model._group(size)) if model.texts_by_image else size)
 
 
 def preprocess_cfg(model: FastPromptedCLIP) -> dict[str, Any]:

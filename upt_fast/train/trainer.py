@@ -43,7 +43,7 @@ from upt_fast.train.recording import (
     truncate_metrics,
 )
 from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
-from upt_fast.train.setup import RunData, count_workers, evaluation_batch, preprocess_cfg
+from upt_fast.train.setup import RunData, count_workers, evaluation_batch, parts_of, preprocess_cfg
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +93,7 @@ class Trainer:
         self.schedule = WarmupCosineLR(
             self.optimizer, config.epochs, config.lr, config.warmup_lr, start_epoch=self.state.epoch
         )
-        self.sampler = EpochBatchSampler(len(data.train), config.batch_size, config.seed)
+        self.sampler = EpochBatchSampler(len(data.train), config.batch_size, config.seed, config.accumulate)
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             data.train,  # type: ignore[arg-type]
             batch_sampler=self.sampler,  # type: ignore[arg-type]
@@ -117,10 +117,10 @@ class Trainer:
             return
         step = self.model.make_graphed_step(
             self.optimizer,
-            config.batch_size,
+            config.step_size,
             loss=self.loss,
             capture=config.cuda_graph,
-            micro_batches=None if self.plan is None else self.plan.micro_batches,
+            micro_batches=parts_of(config, self.model, self.plan),
             from_features=self.from_features,
         )
         said = NOT_YET  # of why steps run eagerly
