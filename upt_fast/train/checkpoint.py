@@ -8,6 +8,7 @@
     RUN/checkpoints/epoch-0007/    the learner (FastPromptedCLIP.load reads it), training_state.safetensors and .json,
                                    classes.json: the class folders of training (classes.py)
     RUN/last, RUN/best     links to two of those
+    RUN/average/           the learner with averaged weights (averaging.py), written before the final evaluation
     RUN/results.json       of the final evaluation; its presence says that the run is finished
 
 A checkpoint is written beside its place and renamed into it; then ``last`` is replaced by a rename of its own. Learner

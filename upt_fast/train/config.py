@@ -156,8 +156,15 @@ class TrainConfig:
     duplicates: Literal["keep", "drop"] = _option(
         "test images that are copies of training images: test on them all the same, or leave them out", "keep"
     )
-    final_model: Literal["last", "best"] = _option(
-        "which checkpoint the final evaluation takes; the field's is last", "last"
+    ema: float | None = _option(
+        "decay of a moving average of the weights over steps, such as 0.999: kept beside them, tested and saved at the "
+        "end; none: no average",
+        None,
+    )
+    final_model: Literal["last", "best", "average"] = _option(
+        "which weights the final evaluation is of: the last (the field's), the best by validation, or the average that "
+        "ema keeps",
+        "last",
     )
     progress: bool = _option("show progress bars on a terminal", True)
     resume: bool = _option("continue the run in out, after the same settings", False)
@@ -201,6 +208,10 @@ class TrainConfig:
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}; wanted a number in [0, 1)")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema={self.ema!r}; wanted a decay between 0 and 1, such as 0.999, or none")
+        if self.final_model == "average" and self.ema is None:
+            raise ValueError("final_model='average' with ema=None; wanted the decay of the average, such as ema=0.999")
         if self.cache is not None:
             require_choice("cache", self.cache, ("scaled", "exact"))
         for name, hint in get_type_hints(type(self)).items():

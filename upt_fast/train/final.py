@@ -15,6 +15,7 @@ import upt_fast
 from upt_fast.data.feature_store import open_store
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
+from upt_fast.train.averaging import AVERAGE, WeightAverage, write_average
 from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import TrainingState, write_json
 from upt_fast.train.config import TrainConfig
@@ -41,6 +42,7 @@ def finish(
     state: TrainingState,
     data: RunData,
     plan: MemoryPlan | None,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
     """Evaluate on the test images, if there are any, and write results.json.
 
@@ -51,16 +53,21 @@ def finish(
         state: of that checkpoint.
         data: the run's images.
         plan: how its passes stay below a limit of memory; None: no limit.
+        average: of the weights, which is saved as a model of its own; None: there is none.
     Returns:
         What the file holds.
     """
     epochs = {"last": state.epoch, "best": state.best_epoch}
+    if average is not None:
+        write_average(out, model, average, data.classes.to_dict())
+        epochs[AVERAGE] = state.epoch
+    final = config.final_model if config.final_model in epochs else "last"  # nothing to train has no average
     tests = {} if data.test is None else dict(_evaluations(config, out, model, epochs, data, plan))
-    test = tests.get(config.final_model)
+    test = tests.get(final)
     device = device_of(model)
     results: dict[str, Any] = {
-        "evaluated": config.final_model,
-        "epoch": epochs[config.final_model],
+        "evaluated": final,
+        "epoch": epochs[final],
         "epochs_done": state.epoch,
         "test_images_from": describe_test(data, config),
         "test": None if test is None else asdict(test),
@@ -89,7 +96,7 @@ def finish(
             100 * test.accuracy,
             100 * test.mean_class_accuracy,
             test.num_images,
-            config.final_model,
+            final,
             results["epoch"],
         )
     return results

@@ -237,7 +237,8 @@ class Run:
         """Evaluate on the test images and write the results."""
         trainer = self.trainer
         state = _save_untrained(self.out, self.model, self.data) if trainer is None else trainer.state
-        return finish(self.config, self.out, self.model, state, self.data, self.plan)
+        average = None if trainer is None else trainer.average
+        return finish(self.config, self.out, self.model, state, self.data, self.plan, average)
 
 
 def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> TrainingState:

@@ -33,7 +33,7 @@ from upt_fast.train.texts import keep_texts
 
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:
-    """The learner's folder that a RUN, RUN/last, RUN/best or a folder written by save_pretrained means.
+    """The learner's folder that a RUN, RUN/last, RUN/best, RUN/average or one written by save_pretrained means.
 
     Raises:
         ValueError: there is no such folder, or the run has no checkpoint yet.
@@ -54,7 +54,7 @@ def load_run(
     """The model of a run or of a saved learner, in eval mode, at the precision that the run had.
 
     Args:
-        checkpoint: RUN, RUN/last, RUN/best or a folder written by save_pretrained.
+        checkpoint: RUN, RUN/last, RUN/best, RUN/average or a folder written by save_pretrained.
         device: auto, cpu, cuda or cuda:N.
         backend: of the model's operations.
         method: FILE.py:CLASS of a method from outside, which a checkpoint never imports by itself.

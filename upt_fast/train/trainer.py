@@ -22,6 +22,7 @@ from upt_fast.data.transforms import build_normalize
 from upt_fast.engine.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
+from upt_fast.train.averaging import WeightAverage
 from upt_fast.train.batches import device_of, to_device
 from upt_fast.train.checkpoint import (
     TrainingState,
@@ -87,9 +88,12 @@ class Trainer:
         self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
         self.loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
+        self.average = None if config.ema is None else WeightAverage(config.ema)
         if restored := read_checkpoint(out):
             self.state, tensors = restored
             restore_state(model, self.optimizer, tensors)
+            if self.average is not None:
+                self.average.restore(model, tensors)
         self.schedule = WarmupCosineLR(
             self.optimizer, config.epochs, config.lr, config.warmup_lr, start_epoch=self.state.epoch
         )
@@ -191,6 +195,8 @@ class Trainer:
         self.model.train()
         for step, (images, labels) in enumerate(to_device(self.loader, self.normalize, self.device)):
             loss, logits = yield images, labels
+            if self.average is not None:
+                self.average.update(self.model)
             meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
             interrupt.check()
         meter.flush()
@@ -221,5 +227,7 @@ class Trainer:
         # metrics first: a kill between the two leaves a line too many, which resumption removes
         record_epoch(self.out, record, writer)
         tensors = state_tensors(self.model, self.optimizer)
+        if self.average is not None:
+            tensors |= self.average.tensors()
         write_checkpoint(self.out, self.model, tensors, state, self.data.classes.to_dict())
         self.state = state
