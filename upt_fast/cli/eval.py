@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from upt_fast.cli.common import add_model_options
 
+if TYPE_CHECKING:
+    from upt_fast.train.metrics import Evaluation
+
+SHOWN = 5  # classes, and pairs of them, that are named
+TOP = 5  # as upt_fast/train/metrics.py
 HELP = "accuracy of a trained model on a directory of images"
 
 
@@ -35,11 +41,19 @@ def add_options(parser: ArgumentParser) -> None:
         help="folder that keeps image features that no prompt changes, or off; none: as for train",
     )
     parser.add_argument("--feature-store-gib", type=float, default=1.0, help="GiB that it may take on disk")
+    parser.add_argument(
+        "--confusion",
+        type=str | None,
+        default=None,
+        help="CSV file to write: a row per true class, a column per answer",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: Namespace) -> int:
-    """Print the accuracy of a checkpoint."""
+    """Print the accuracy of a checkpoint, and what else it is measured by."""
+    if options.confusion is not None and not Path(options.confusion).absolute().parent.is_dir():
+        raise ValueError(f"confusion={options.confusion!r}: no such folder; wanted a file in a folder that is there")
     from upt_fast.train.runs import evaluate_run
 
     evaluation, where = evaluate_run(
@@ -56,10 +70,36 @@ def run(options: Namespace) -> int:
         feature_store=options.feature_store,
         feature_store_gib=options.feature_store_gib,
     )
+    if options.confusion is not None:
+        from upt_fast.train.metrics import write_confusion
+
+        write_confusion(Path(options.confusion), evaluation)
     if options.json:
-        print(json.dumps({"images_from": where, **asdict(evaluation)}, indent=2))
+        found = {"images_from": where, **evaluation.to_dict(), "confusion": evaluation.confusions()}
+        print(json.dumps(found, indent=2))
     else:
-        print(f"accuracy {100 * evaluation.accuracy:.2f} %")
-        print(f"mean over classes {100 * evaluation.mean_class_accuracy:.2f} %")
-        print(f"{evaluation.num_images} images: {where}")
+        print("\n".join([*_lines(evaluation), f"{evaluation.num_images} images: {where}"]))
     return 0
+
+
+def _lines(evaluation: Evaluation) -> list[str]:
+    """An evaluation in words: its accuracies, and where it is worst."""
+    among = min(TOP, len(evaluation.classnames))
+    lines = [
+        f"accuracy {100 * evaluation.accuracy:.2f} %",
+        f"mean over classes {100 * evaluation.mean_class_accuracy:.2f} %",
+        f"among the {among} likeliest {100 * evaluation.top5_accuracy:.2f} %",
+        f"calibration error {100 * evaluation.calibration_error:.2f} %",
+    ]
+    worst = sorted(evaluation.class_accuracy.items(), key=lambda entry: entry[1])[:SHOWN]
+    lines.append("least accurate: " + ", ".join(f"{name} {100 * accuracy:.2f} %" for name, accuracy in worst))
+    mistaken = [
+        (count, true, answer)
+        for true, row in evaluation.confusions().items()
+        for answer, count in row.items()
+        if answer != true
+    ]
+    if mistaken:
+        often = sorted(mistaken, key=lambda entry: -entry[0])[:SHOWN]
+        lines.append("taken for another: " + ", ".join(f"{true} for {answer} ({n})" for n, true, answer in often))
+    return lines

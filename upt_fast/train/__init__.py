@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upt_fast.train.config import TrainConfig
-    from upt_fast.train.evaluation import Evaluation, Prediction, evaluate, predict
+    from upt_fast.train.evaluation import Prediction, evaluate, predict
     from upt_fast.train.loop import train
+    from upt_fast.train.metrics import Evaluation
     from upt_fast.train.recording import TrainingDivergedError
     from upt_fast.train.runs import class_names, evaluate_run, load_run
     from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
@@ -30,7 +31,7 @@ __all__ = [
 
 _MODULES = {
     "TrainConfig": "config",
-    "Evaluation": "evaluation",
+    "Evaluation": "metrics",
     "Prediction": "evaluation",
     "evaluate": "evaluation",
     "predict": "evaluation",

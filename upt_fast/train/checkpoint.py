@@ -9,6 +9,7 @@
                                    classes.json: the class folders of training (classes.py)
     RUN/last, RUN/best     links to two of those
     RUN/average/           the learner with averaged weights (averaging.py), written before the final evaluation
+    RUN/confusion.csv      of the final evaluation: a row for each true class, a column for each answer
     RUN/results.json       of the final evaluation; its presence says that the run is finished
 
 A checkpoint is written beside its place and renamed into it; then ``last`` is replaced by a rename of its own. Learner

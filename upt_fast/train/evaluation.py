@@ -1,4 +1,4 @@
-"""Accuracy of a model on a dataset, and its answers for single images."""
+"""How good a model is on a dataset, and its answers for single images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -18,25 +17,7 @@ from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
 from upt_fast.data.transforms import build_eval_transform, build_normalize
 from upt_fast.train.batches import device_of, eval_mode, to_device
 from upt_fast.train.features import FeatureDataset, FixedFeatures
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results on one dataset; accuracies are shares between 0 and 1.
-
-    Args:
-        accuracy: top-1, over images.
-        mean_class_accuracy: mean of the classes' accuracies, over the classes that have images.
-        loss: mean cross-entropy.
-        num_images: N.
-        class_accuracy: of each class that has images.
-    """
-
-    accuracy: float
-    mean_class_accuracy: float
-    loss: float
-    num_images: int
-    class_accuracy: dict[str, float]
+from upt_fast.train.metrics import Answers, Evaluation
 
 
 @dataclass(frozen=True)
@@ -74,34 +55,16 @@ def evaluate(
     num_images = len(dataset)  # type: ignore[arg-type]
     if num_images == 0:
         raise ValueError("the dataset has 0 images; wanted at least 1 to evaluate on")
-    losses, hits, labels = [], [], []
+    names = model.classnames if classnames is None else classnames
+    answers = Answers(len(names))
     with (
         eval_mode(model),
         tqdm(total=num_images, desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
     ):
         for logits, target in _logits(model, dataset, batch_size, num_workers, progress):
-            losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
-            hits.append(logits.argmax(dim=1) == target)
-            labels.append(target)
+            answers.add(logits, target)
             bar.update(len(target))
-    names = model.classnames if classnames is None else classnames
-    num_classes = len(names)
-    label = torch.cat(labels).cpu()
-    hit = torch.cat(hits).cpu()
-    counts = torch.bincount(label, minlength=num_classes)
-    correct = torch.bincount(label[hit], minlength=num_classes)
-    class_accuracy = {
-        name: int(right) / int(count)
-        for name, right, count in zip(names, correct, counts, strict=True)
-        if int(count) > 0
-    }
-    return Evaluation(
-        accuracy=int(hit.sum()) / num_images,
-        mean_class_accuracy=sum(class_accuracy.values()) / len(class_accuracy),
-        loss=float(torch.cat(losses).double().mean()),
-        num_images=num_images,
-        class_accuracy=class_accuracy,
-    )
+    return answers.evaluation(names)
 
 
 def _logits(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from upt_fast.train.averaging import AVERAGE, WeightAverage, write_average
 from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import TrainingState, write_json
 from upt_fast.train.config import TrainConfig
-from upt_fast.train.evaluation import Evaluation, evaluate
+from upt_fast.train.evaluation import evaluate
+from upt_fast.train.metrics import Evaluation, write_confusion
 from upt_fast.train.setup import (
     RESULTS_FILE,
     RunData,
@@ -30,9 +30,23 @@ from upt_fast.train.setup import (
 )
 from upt_fast.train.texts import keep_texts
 
+CONFUSION_FILE = "confusion.csv"
+
 logger = logging.getLogger("upt_fast")
 
-BRIEFLY = ("accuracy", "mean_class_accuracy", "loss")  # of an evaluation, what results.json has of each set of weights
+# of an evaluation, what results.json has of each set of weights
+BRIEFLY = ("accuracy", "mean_class_accuracy", "loss", "top5_accuracy", "calibration_error")
+CONFUSION_FILE = "confusion.csv"
+
+logger = logging.getLogger("upt_fast")
+
+BRIEFLY = (
+    "accuracy",
+    "mean_class_accuracy",
+    "loss",
+    "top5_accuracy",
+    "calibration_error",
+)  # of an evaluation, what results.json has of each set of weights
 
 
 def finish(
@@ -70,7 +84,7 @@ def finish(
         "epoch": epochs[final],
         "epochs_done": state.epoch,
         "test_images_from": describe_test(data, config),
-        "test": None if test is None else asdict(test),
+        "test": None if test is None else test.to_dict(),
         "test_of": {
             name: {"epoch": epochs[name], **{key: getattr(found, key) for key in BRIEFLY}}
             for name, found in tests.items()
@@ -89,6 +103,8 @@ def finish(
     }
     if plan is not None:
         results["memory_plan"] = plan._asdict()
+    if test is not None and test.confusion is not None:
+        write_confusion(out / CONFUSION_FILE, test)
     write_json(out / RESULTS_FILE, results)
     if test is not None:
         logger.info(

@@ -16,9 +16,10 @@ from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import is_run, read_json
 from upt_fast.train.classes import match_images, read_classes, shown_names
-from upt_fast.train.evaluation import Evaluation, evaluate
+from upt_fast.train.evaluation import evaluate
 from upt_fast.train.features import FeatureDataset, FixedFeatures
 from upt_fast.train.images import GIB
+from upt_fast.train.metrics import Evaluation
 from upt_fast.train.setup import (
     CONFIG_FILE,
     SPLIT_FILE,

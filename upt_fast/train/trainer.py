@@ -30,9 +30,10 @@ from upt_fast.train.checkpoint import (
     write_checkpoint,
 )
 from upt_fast.train.config import TrainConfig
-from upt_fast.train.evaluation import Evaluation, evaluate
+from upt_fast.train.evaluation import evaluate
 from upt_fast.train.features import FeatureDataset
 from upt_fast.train.interrupt import InterruptBetweenSteps
+from upt_fast.train.metrics import Evaluation
 from upt_fast.train.optimizers import build_optimizer, restore_state, state_tensors
 from upt_fast.train.recording import (
     Meter,
