@@ -91,8 +91,10 @@ def _lines(evaluation: Evaluation) -> list[str]:
         f"among the {among} likeliest {100 * evaluation.top5_accuracy:.2f} %",
         f"calibration error {100 * evaluation.calibration_error:.2f} %",
     ]
-    worst = sorted(evaluation.class_accuracy.items(), key=lambda entry: entry[1])[:SHOWN]
-    lines.append("least accurate: " + ", ".join(f"{name} {100 * accuracy:.2f} %" for name, accuracy in worst))
+    below = [entry for entry in evaluation.class_accuracy.items() if entry[1] < 1]
+    if below:
+        worst = sorted(below, key=lambda entry: entry[1])[:SHOWN]
+        lines.append("least accurate: " + ", ".join(f"{name} {100 * accuracy:.2f} %" for name, accuracy in worst))
     mistaken = [
         (count, true, answer)
         for true, row in evaluation.confusions().items()

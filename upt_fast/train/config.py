@@ -32,6 +32,8 @@ FREE_ON_RESUME = frozenset(
         "memory",
         "text_batch",
         "max_memory",
+        "wandb",
+        "wandb_name",
         "progress",
         "resume",
     )
@@ -166,6 +168,10 @@ class TrainConfig:
         "ema keeps",
         "last",
     )
+    wandb: str | None = _option(
+        "Weights & Biases project that settings, epochs and results are logged to; none: no log there", None
+    )
+    wandb_name: str | None = _option("name of the run in that project; none: that of its folder", None)
     progress: bool = _option("show progress bars on a terminal", True)
     resume: bool = _option("continue the run in out, after the same settings", False)
 
@@ -186,6 +192,11 @@ class TrainConfig:
             raise ValueError(
                 f"test_data={self.test_data!r} with test={self.test!r}; wanted a directory with test='data', or none"
             )
+        for name in ("wandb", "wandb_name"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"{name}={getattr(self, name)!r}; wanted a name or none")
+        if self.wandb_name is not None and self.wandb is None:
+            raise ValueError(f"wandb_name={self.wandb_name!r} with wandb=None; wanted the project, too")
         if self.shots != "all" and (isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1):
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("test_batch_size", 1)):

@@ -55,6 +55,7 @@ from upt_fast.train.setup import (
 from upt_fast.train.test_data import with_test_data
 from upt_fast.train.texts import keep_texts
 from upt_fast.train.trainer import Trainer
+from upt_fast.train.wandb_log import WandbLog, require_wandb
 
 logger = logging.getLogger("upt_fast")
 
@@ -119,6 +120,7 @@ class Run:
     duplicates: Duplicates
     broken: tuple[str, ...] = ()
     plan: MemoryPlan | None = None  # None: no limit
+    log: WandbLog | None = None
     trainer: Trainer | None = None  # None before it is begun, and where there is nothing to train
     model: FastPromptedCLIP = field(init=False)
     data: RunData = field(init=False)
@@ -136,13 +138,14 @@ class Run:
         Args:
             config: the settings.
             scan: :func:`scan_folder`, or what remembers its results.
-            here: whether it is to run on this machine, which then must have its device.
+            here: whether it is to run on this machine, which then must have its device and what it logs to.
             scan_test: :func:`list_folders`, or what remembers its results.
         Raises:
             ValueError: as :func:`train`, but for what only the model or the decoded images show.
         """
         if here:
             resolve_device(config.device)
+            require_wandb(config)
         listing = (scan or scan_folder)(config.data, config.classes_from, asked_names(config, Path(config.out)))
         log_links(listing)
         with_test = config.test != "none" and config.test_data is None
@@ -167,6 +170,8 @@ class Run:
                     choices.restore(read_json(self.out / CHOICES_FILE))
                 yield
         finally:
+            if self.log is not None:
+                self.log.close(failed=True)  # unless it was finished
             if made and not is_run(self.out):  # refused before anything was trained: leave nothing behind
                 with contextlib.suppress(OSError):
                     (self.out / LOCK_FILE).unlink(missing_ok=True)
@@ -203,9 +208,12 @@ class Run:
             write_json(out / SPLIT_FILE, described)
             write_json(out / CHOICES_FILE, choices.record())
             write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
-        if not any(True for _ in model.parameters()):
-            return
-        self.trainer = Trainer(config, out, model, data, self.plan, beside)
+        if any(True for _ in model.parameters()):
+            self.trainer = Trainer(config, out, model, data, self.plan, beside)
+        if config.wandb is not None:
+            self.log = WandbLog(config, out)
+        if self.trainer is not None:
+            self.trainer.log = self.log
 
     def describe(self) -> None:
         """Say what is going to be trained."""
@@ -238,7 +246,10 @@ class Run:
         trainer = self.trainer
         state = _save_untrained(self.out, self.model, self.data) if trainer is None else trainer.state
         average = None if trainer is None else trainer.average
-        return finish(self.config, self.out, self.model, state, self.data, self.plan, average)
+        results = finish(self.config, self.out, self.model, state, self.data, self.plan, average)
+        if self.log is not None:
+            self.log.finish(results)
+        return results
 
 
 def _save_untrained(out: Path, model: FastPromptedCLIP, data: RunData) -> TrainingState:

@@ -46,6 +46,7 @@ from upt_fast.train.recording import (
 )
 from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 from upt_fast.train.setup import RunData, count_workers, evaluation_batch, parts_of, preprocess_cfg
+from upt_fast.train.wandb_log import WandbLog
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -89,6 +90,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, model, fused=self.device.type == "cuda" and config.cuda_graph)
         self.loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
+        self.log: WandbLog | None = None  # beside metrics.jsonl
         self.average = None if config.ema is None else WeightAverage(config.ema)
         if restored := read_checkpoint(out):
             self.state, tensors = restored
@@ -227,6 +229,8 @@ class Trainer:
         record["seconds"] = round(time.perf_counter() - started, 3)
         # metrics first: a kill between the two leaves a line too many, which resumption removes
         record_epoch(self.out, record, writer)
+        if self.log is not None:
+            self.log.log(record)
         tensors = state_tensors(self.model, self.optimizer)
         if self.average is not None:
             tensors |= self.average.tensors()
