@@ -31,7 +31,7 @@ from upt_fast.cli import (
     train_tasks,
     verify,
 )
-from upt_fast.cli.messages import EXIT_INTERRUPTED, Messages, failure, interrupted, say
+from upt_fast.cli.messages import EXIT_INTERRUPTED, FULL, KEPT, Messages, failure, interrupted, say
 from upt_fast.methods import MAIN_METHOD, Method, find_method
 from upt_fast.train.options import flag, read_train_arguments
 
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = failure(error, COMMANDS)
         if debug or found is None:
             raise
-        return say(f"error: {found[0]}", found[1])
+        full = isinstance(error, OSError) and error.errno in FULL and arguments[:1] == ["train"]
+        return say(f"error: {found[0]}{KEPT if full else ''}", found[1])
 
 
 def _commands(arguments: list[str]) -> dict[str, ModuleType]:

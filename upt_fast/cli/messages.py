@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import shlex
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 
 from upt_fast.train.options import option_error
 
-EXIT_FAILED = 1  # the run went wrong: the loss diverged, or memory ran out
+EXIT_FAILED = 1  # the run went wrong: the loss diverged, memory ran out, or the disk
 EXIT_USAGE = 2  # the user can put it right
 EXIT_INTERRUPTED = 130
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: disk, quota or size of a file leave no room
+KEPT = "; what was written before is kept: make room, and go on with --resume"
 
 CHATTY_LOGGERS = ("huggingface_hub", "urllib3", "httpx", "httpx2", "PIL")
 
@@ -43,7 +47,7 @@ def failure(error: Exception, commands: Iterable[str]) -> tuple[str, int] | None
         return _option_message(message, commands), EXIT_USAGE
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename is not None else ""
-        return f"{error.strerror or message}{where}", EXIT_USAGE
+        return f"{error.strerror or message}{where}", EXIT_FAILED if error.errno in FULL else EXIT_USAGE
     if isinstance(error, ValueError):
         return message, EXIT_USAGE
     torch = sys.modules.get("torch")

@@ -80,10 +80,14 @@ def write_average(run_dir: Path, model: FastPromptedCLIP, average: WeightAverage
     """
     temporary, folder = run_dir / f"{TEMPORARY_PREFIX}{AVERAGE}", run_dir / AVERAGE
     shutil.rmtree(temporary, ignore_errors=True)
-    with average.in_place(model):
-        model.save_pretrained(temporary)
-    write_json(temporary / CLASSES_FILE, classes)
-    fsync_directory(temporary)
+    try:
+        with average.in_place(model):
+            model.save_pretrained(temporary)
+        write_json(temporary / CLASSES_FILE, classes)
+        fsync_directory(temporary)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():  # of a run that was stopped before its results were written
         shutil.rmtree(folder)
     os.rename(temporary, folder)

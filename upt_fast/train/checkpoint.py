@@ -113,19 +113,25 @@ def write_checkpoint(
         optimizer: what it keeps, see train/optimizers.py.
         state: of the training.
         classes: what classes.json holds.
+    Raises:
+        OSError: it cannot be written, as where the disk is full; ``last`` and ``best`` are as they were.
     """
     checkpoints = run_dir / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
     name = checkpoint_name(state.epoch)
     temporary = checkpoints / f"{TEMPORARY_PREFIX}{name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    # without tensors and metadata safetensors writes a header that it cannot read
-    save_safetensors(temporary / TENSORS_FILE, optimizer, {"format": "pt"})
-    write_json(temporary / STATE_FILE, asdict(state))
-    if classes is not None:
-        write_json(temporary / CLASSES_FILE, classes)
-    fsync_directory(temporary)
+    try:
+        model.save_pretrained(temporary)
+        # without tensors and metadata safetensors writes a header that it cannot read
+        save_safetensors(temporary / TENSORS_FILE, optimizer, {"format": "pt"})
+        write_json(temporary / STATE_FILE, asdict(state))
+        if classes is not None:
+            write_json(temporary / CLASSES_FILE, classes)
+        fsync_directory(temporary)
+    except OSError:  # a full disk has then room for what is to be said of it
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     os.rename(temporary, checkpoints / name)
     fsync_directory(checkpoints)
     _point(run_dir, "last", name)
