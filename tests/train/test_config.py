@@ -64,6 +64,15 @@ REQUIRED = {"data": "d", "out": "r", "clip": "tiny-digits"}
         {"classnames": ""},
         {"classes_from": "middle"},
         {"duplicates": "all"},
+        {"accumulate": 0},
+        {"accumulate": True},
+        {"ema": 1.0},
+        {"ema": 0.0},
+        {"ema": float("nan")},
+        {"test": "some"},
+        {"test_data": ""},
+        {"wandb": ""},
+        {"wandb": "p", "wandb_name": " "},
     ],
     ids=str,
 )
@@ -100,6 +109,24 @@ def test_differences_leave_out_what_does_not_matter():
     config = TrainConfig(**REQUIRED)
     there = {**config.to_dict(), "lr": 0.1, "num_workers": 3, "device": "cpu", "out": "/elsewhere", "shots": "all"}
     assert config.differences(there) == ["shots: 'all' there, 16 here", "lr: 0.1 there, 0.002 here"]
+
+
+def test_settings_of_an_earlier_run_are_those_that_it_had():
+    """What is new since is off, as it was then; which project a run is logged to may change, its steps may not."""
+    config = TrainConfig(**REQUIRED)
+    new = ("test", "test_data", "accumulate", "ema", "wandb", "wandb_name")
+    there = {name: value for name, value in config.to_dict().items() if name not in new}
+    assert config.differences(there) == []
+    assert config.changed(wandb="project", wandb_name="mine").differences(there) == []
+    changed = config.changed(test="none", accumulate=2, ema=0.9)
+    assert changed.differences(there) == [
+        "test: 'data' there, 'none' here",
+        "accumulate: 1 there, 2 here",
+        "ema: None there, 0.9 here",
+    ]
+    elsewhere = config.changed(test_data="b")
+    assert elsewhere.differences(config.changed(test_data="a").to_dict()) == []
+    assert len(elsewhere.differences(there)) == 1
 
 
 def test_flat_form_has_all_options_of_the_method():
