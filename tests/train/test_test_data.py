@@ -158,7 +158,7 @@ def test_the_training_directory_itself_leaves_no_test(flat, tmp_path):
             lambda root: shutil.copytree(root / "blue thing", root / "blue_thing"),
             "has folders that mean one class: blue thing, blue_thing; wanted",
         ),
-        (lambda root: root.rename(root.parent / "elsewhere"), "does not exist"),
+        (lambda root: root.rename(root.parent / "elsewhere"), "test_data: dataset "),
         (lambda root: (root / "red" / "1.png").write_bytes(b"no"), "1 image(s) cannot be read"),
     ],
     ids=["missing", "renamed", "extra", "twice", "nowhere", "damaged"],

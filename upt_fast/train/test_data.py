@@ -42,9 +42,12 @@ def with_test_data(
     Returns:
         The split, and what to say of links there that lead nowhere.
     Raises:
-        ValueError: a class is missing there, or there are others.
+        ValueError: there are no such folders; a class is missing there, or there are others.
     """
-    other = scan(path, classes_from)
+    try:
+        other = scan(path, classes_from)
+    except ValueError as error:
+        raise ValueError(f"test_data: {error}") from error
     chosen = choose_split(other)
     items = other.splits.get(chosen, ())
     find = class_finder(other, listing.folders, listing.classnames)
