@@ -21,7 +21,7 @@ HELP = "accuracy of a trained model on a directory of images"
 def add_options(parser: ArgumentParser) -> None:
     """Add the command's options to its parser."""
     add_model_options(parser)
-    parser.add_argument("--data", type=str, required=True, help="directory of images, laid out as for train")
+    parser.add_argument("--data", type=str, required=True, help="directory of images, laid out as for train, or shards")
     parser.add_argument("--split", type=str | None, default=None, help="train, val or test; none: the test images")
     parser.add_argument(
         "--classes-from", type=str | None, default=None, help="which folders are classes: top or leaf; none: as trained"
@@ -47,6 +47,14 @@ def add_options(parser: ArgumentParser) -> None:
         default=None,
         help="CSV file to write: a row per true class, a column per answer",
     )
+    parser.add_argument(
+        "--cache",
+        type=str | None,
+        default=None,
+        help="decoded images: scaled (on disk, for later evaluations and runs), exact (in memory) or, of shards, "
+        "stream (nowhere); results are the same; none: as the run did, without one scaled",
+    )
+    parser.add_argument("--cache-gib", type=float | None, default=None, help="GiB for decoded images, as for train")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -69,6 +77,8 @@ def run(options: Namespace) -> int:
         classnames=options.classnames,
         feature_store=options.feature_store,
         feature_store_gib=options.feature_store_gib,
+        cache=options.cache,
+        cache_gib=options.cache_gib,
     )
     if options.confusion is not None:
         from upt_fast.train.metrics import write_confusion

@@ -15,7 +15,7 @@ HELP = "classify image files with a trained model"
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files, shards, or what is in them")
     add_model_options(parser)
     parser.add_argument("--top-k", type=int, default=5, help="classes per image")
     parser.add_argument(
@@ -29,15 +29,17 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Print the most probable classes of images."""
+    from upt_fast.data.shards import find_images
     from upt_fast.train.evaluation import predict
     from upt_fast.train.runs import class_names, load_run
 
-    missing = [path for path in options.images if not Path(path).exists()]
+    paths = [found for path in options.images for found in find_images(path)]
+    missing = [str(path) for path in paths if isinstance(path, Path) and not path.exists()]
     if missing:
         raise ValueError(f"{len(missing)} image file(s) do not exist: {', '.join(missing[:10])}")
     model = load_run(options.checkpoint, options.device, options.backend, options.method)
     names = class_names(options.checkpoint, model, options.classnames)
-    predictions = predict(model, options.images, options.top_k, classnames=names)
+    predictions = predict(model, paths, options.top_k, classnames=names)
     if options.json:
         print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
         return 0

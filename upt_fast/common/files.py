@@ -34,6 +34,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def cache_folder() -> Path:
     """Where what was compiled or timed on this machine is kept: $UPT_FAST_CACHE, by default ~/.cache/upt_fast."""
     return Path(os.environ.get("UPT_FAST_CACHE") or Path.home() / ".cache" / "upt_fast")

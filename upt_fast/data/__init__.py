@@ -2,7 +2,8 @@
 
 A dataset becomes a FolderListing (folder.py) with names for its classes (classnames.py, wordnet.py); sampling.py draws
 few-shot splits of it, images.py decodes, transforms.py and dataset.py make batches. Or decoding.py decodes to what
-crops need, store.py and cached.py keep that on disk, and batches.py makes batches of it.
+crops need, pixel_store.py and cached.py keep that on disk, and batches.py makes batches of it. sharding.py writes a
+dataset into tar files, shards.py lists these as if they were a folder, streaming.py orders an epoch over them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from upt_fast.data.dataset import AugmentedDataset, EpochBatchSampler, ImageDataset
     from upt_fast.data.decoding import read_scaled
     from upt_fast.data.duplicates import Duplicates, drop_test_copies, find_duplicates
-    from upt_fast.data.folder import FolderListing, ImageItem, scan_folder
+    from upt_fast.data.folder import scan_folder
     from upt_fast.data.images import DecodedImages, decode_images, read_rgb
+    from upt_fast.data.listing import FolderListing, ImageItem
     from upt_fast.data.pixel_store import PixelStore
     from upt_fast.data.sampling import FewShotSplit, few_shot_split, sample_few_shot
+    from upt_fast.data.sharding import write_shards
+    from upt_fast.data.sources import ShardImage
+    from upt_fast.data.streaming import ShardBatchSampler
     from upt_fast.data.transforms import AUGMENTATIONS, build_augmentation, build_eval_transform, build_normalize
 
 __all__ = [
@@ -35,6 +40,8 @@ __all__ = [
     "ImageDataset",
     "ImageItem",
     "PixelStore",
+    "ShardBatchSampler",
+    "ShardImage",
     "build_augmentation",
     "build_eval_transform",
     "build_normalize",
@@ -47,6 +54,7 @@ __all__ = [
     "read_scaled",
     "sample_few_shot",
     "scan_folder",
+    "write_shards",
 ]
 
 _MODULES = {
@@ -60,8 +68,8 @@ _MODULES = {
     "Duplicates": "duplicates",
     "drop_test_copies": "duplicates",
     "find_duplicates": "duplicates",
-    "FolderListing": "folder",
-    "ImageItem": "folder",
+    "FolderListing": "listing",
+    "ImageItem": "listing",
     "scan_folder": "folder",
     "DecodedImages": "images",
     "decode_images": "images",
@@ -70,6 +78,9 @@ _MODULES = {
     "few_shot_split": "sampling",
     "sample_few_shot": "sampling",
     "PixelStore": "pixel_store",
+    "write_shards": "sharding",
+    "ShardImage": "sources",
+    "ShardBatchSampler": "streaming",
     "AUGMENTATIONS": "transforms",
     "build_augmentation": "transforms",
     "build_eval_transform": "transforms",

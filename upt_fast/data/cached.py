@@ -11,13 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from upt_fast.data.decoding import Pixels
-from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import decode_each
+from upt_fast.data.listing import ImageItem
 from upt_fast.data.pixel_store import Entry, FileKey, PixelStore, map_pixels
+from upt_fast.data.sources import ShardImage
 
 logger = logging.getLogger("upt_fast")
 
-Decode = Callable[[Path], Pixels]
+Decode = Callable[[Path | ShardImage], Pixels]
 
 
 class CachedImages(Sequence[Tensor]):
@@ -31,7 +32,11 @@ class CachedImages(Sequence[Tensor]):
     """
 
     def __init__(
-        self, paths: Sequence[Path], decode: Decode, entries: Sequence[Entry | None], pixels: Path | None
+        self,
+        paths: Sequence[Path | ShardImage],
+        decode: Decode,
+        entries: Sequence[Entry | None],
+        pixels: Path | None,
     ) -> None:
         self.paths, self.decode, self.entries, self.pixels = paths, decode, entries, pixels
         # of this process and of those forked from it; also when the file is removed

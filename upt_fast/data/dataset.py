@@ -8,7 +8,9 @@ batches, and so does one with another number of loader processes.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import read_rgb
+from upt_fast.data.listing import ImageItem
 
 
 def derive_seed(*numbers: int) -> int:
@@ -99,6 +101,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: images per batch.
         seed: of the run.
         accumulate: batches that are one.
+
+    ``epoch`` and ``start``, batches that are left out at its beginning, are set from outside.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, accumulate: int = 1) -> None:
@@ -106,17 +110,22 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.seed = seed
         self.accumulate = accumulate
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return steps_of_epoch(self.num_samples, self.batch_size, self.accumulate)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def order(self) -> Iterator[int]:
+        """Indices of this epoch's images."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        yield from torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         used, size = max(1, self.num_samples // self.batch_size) * self.batch_size, self.batch_size * self.accumulate
-        for start in range(0, used, size):
-            yield [(self.epoch, index) for index in order[start : min(start + size, used)]]
+        epoch, order = self.epoch, islice(self.order(), used)
+        deque(islice(order, self.start * size), maxlen=0)
+        for _ in range(self.start, len(self)):
+            yield [(epoch, index) for index in islice(order, size)]
 
 
 def steps_of_epoch(num_samples: int, batch_size: int, accumulate: int = 1) -> int:

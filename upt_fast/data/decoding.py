@@ -11,9 +11,6 @@ is deprecated since torchvision 0.29.
 from __future__ import annotations
 
 import functools
-import os
-import stat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +19,8 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from upt_fast.data.images import ImageDecodeError, read_rgb, rgb_of, unreadable
+from upt_fast.data.images import read_rgb, rgb_of, unreadable
+from upt_fast.data.sources import Source, open_source
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on width and height change places
 SPARE = 2  # times the wanted size that a scaled inverse DCT leaves for the antialiased filter
@@ -48,7 +46,7 @@ def scaled_size(height: int, width: int, shorter: int) -> tuple[int, int]:
     return max(shorter, round(height * ratio)), max(shorter, round(width * ratio))
 
 
-def read_scaled(path: str | Path, shorter: int) -> Pixels:
+def read_scaled(path: Source, shorter: int) -> Pixels:
     """Decode an image file to 8-bit RGB as :func:`read_rgb` does, and scale its shorter side down to a limit.
 
     Args:
@@ -58,9 +56,7 @@ def read_scaled(path: str | Path, shorter: int) -> Pixels:
         ImageDecodeError: as of read_rgb.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageDecodeError("not a regular file")
-        with Image.open(path) as image:
+        with Image.open(open_source(path)) as image:
             orientation = _orientation(image)
             width, height = image.size
             size = scaled_size(height, width, shorter)
@@ -78,7 +74,7 @@ def read_scaled(path: str | Path, shorter: int) -> Pixels:
         raise unreadable(path, error) from error
 
 
-def read_transformed(path: str | Path, transform: Any) -> Pixels:
+def read_transformed(path: Source, transform: Any) -> Pixels:
     """Decode an image file to 8-bit RGB and keep what a transform without randomness makes of it."""
     image = transform(read_rgb(path))
     return Pixels(image, (image.shape[1], image.shape[2]))

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from upt_fast.common.messages import shorten
-from upt_fast.data.folder import ImageItem
 from upt_fast.data.images import digest_file
+from upt_fast.data.listing import ImageItem
 from upt_fast.data.sampling import FewShotSplit
+from upt_fast.data.sources import ShardImage
 
 PIECE = 1024  # bytes at the beginning, the middle and the end of a file
 NAMED = 5  # groups that a message names
@@ -145,8 +146,10 @@ class _File(NamedTuple):
     inode: int
 
 
-def _identity(path: Path) -> _File | None:
+def _identity(path: Path | ShardImage) -> _File | None:
     """What a file is, links followed; None for what holds nothing that could be an image."""
+    if isinstance(path, ShardImage):  # equal ones are one, and nothing need be read
+        return _File(path.size, -1, int.from_bytes(path.digest, "big"))
     try:
         found = os.stat(path)
     except OSError:
@@ -154,8 +157,10 @@ def _identity(path: Path) -> _File | None:
     return _File(found.st_size, found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) and found.st_size else None
 
 
-def _pieces(path: Path) -> bytes | None:
-    """Three pieces of a file; None if it cannot be read."""
+def _pieces(path: Path | ShardImage) -> bytes | None:
+    """A digest of three pieces of a file; None if it cannot be read."""
+    if isinstance(path, ShardImage):
+        return path.digest
     try:
         with path.open("rb", buffering=0) as file:
             end = max(0, os.fstat(file.fileno()).st_size - PIECE)

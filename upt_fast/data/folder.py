@@ -1,4 +1,4 @@
-"""Directories of images, one folder per class.
+"""Directories of images, one folder per class; of shards of images (shards.py) the same listings.
 
 Two layouts are read: ``DIR/<class>/*.jpg``, or ``DIR/train/<class>/*.jpg`` with ``DIR/val`` and ``DIR/test`` beside it,
 under the names that people give them (``SPLIT_FOLDERS``). Classes are the folders at that place, or with
@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from upt_fast.common.checks import require_choice
 from upt_fast.common.messages import shorten
 from upt_fast.data.classnames import name_classes
+from upt_fast.data.listing import ALL_IMAGES, FolderListing, ImageItem
+from upt_fast.data.shards import is_sharded, list_shards
 from upt_fast.data.tree import IMAGE_SUFFIXES, Folder, FolderTree, link_target
 
 SPLIT_FOLDERS = {  # in any case; also with "set" behind it: test_set, trainset
@@ -25,59 +27,7 @@ SPLIT_FOLDERS = {  # in any case; also with "set" behind it: test_set, trainset
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-ALL_IMAGES = "all"  # the one split of a dataset without split folders
 CLASSES_FROM = ("top", "leaf")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageItem:
-    """One image of a dataset.
-
-    Args:
-        path: the file.
-        key: its path inside the dataset, with "/" on every system: what sampling and records go by.
-        label: index of its class.
-        classname: name of its class.
-    """
-
-    path: Path
-    key: str
-    label: int
-    classname: str
-
-
-@dataclass(frozen=True)
-class FolderListing:
-    """The images of a dataset directory.
-
-    Args:
-        root: the directory.
-        classnames: names of the classes in the order of their folders; the index is the label.
-        splits: split name -> images sorted by class and key; names from "train", "val", "test", or only "all".
-        folders: the classes' folders, sorted: names, or with classes from leaves paths like "animal/cat".
-        folder_links: how many class or split folders, or folders between, are links.
-        image_links: how many images are links.
-        broken: split name -> what to say of each link that leads nowhere in the place of the split or a folder in it.
-    """
-
-    root: Path
-    classnames: tuple[str, ...]
-    splits: dict[str, tuple[ImageItem, ...]]
-    folders: tuple[str, ...] = ()
-    folder_links: int = 0
-    image_links: int = 0
-    broken: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def has_split_folders(self) -> bool:
-        """Whether the directory holds train/, val/ or test/ rather than class folders."""
-        return ALL_IMAGES not in self.splits
-
-    def describe_links(self) -> str | None:
-        """How many links there are, in words; None without any."""
-        if not self.folder_links + self.image_links:
-            return None
-        return f"{self.root}: links followed: {self.folder_links} to folders, {self.image_links} to images"
 
 
 def scan_folder(
@@ -89,15 +39,18 @@ def scan_folder(
     nowhere, images are listed, to fail when they are read, and folders are told in the listing.
 
     Args:
-        root: ``DIR`` of ``DIR/<class>/*`` or of ``DIR/{train,val,test}/<class>/*``.
+        root: ``DIR`` of ``DIR/<class>/*`` or of ``DIR/{train,val,test}/<class>/*``, or a folder of shards.
         classes_from: "top": the folders at that place; "leaf": the innermost folders below it.
         classnames: names of the classes: a JSON or CSV file or a mapping, folder -> name; "folders": the folders' own;
-            None: the folders' own, with WordNet ids by their names, and a warning where names mean nothing.
+            None: the folders' own, with WordNet ids by their names, and a warning where names mean nothing; shards'
+            names are those that they were written with.
     Raises:
         ValueError: root is no directory, holds no class folders or ambiguous ones, a class folder holds no image, a
             class of val/ or test/ is not in train/, two folders have the same class name, or classnames does not fit.
     """
     listing = list_folders(root, classes_from)
+    if listing.named and classnames is None:
+        return listing
     names = name_classes(listing.folders, classnames, listing.root)
     if names == listing.classnames:
         return listing
@@ -117,6 +70,8 @@ def list_folders(root: str | Path, classes_from: str = "top") -> FolderListing:
         if root.is_symlink() and not root.exists():
             what = f"cannot be read: {link_target(root)}"
         raise ValueError(f"dataset {str(root)!r} {what}; wanted a folder with one folder of images per class")
+    if is_sharded(root):
+        return list_shards(root, classes_from)
     reader = _Reader(FolderTree(root), classes_from)
     split_folders = reader.find_splits()
     tops = split_folders or {ALL_IMAGES: reader.tree.root}
@@ -141,6 +96,7 @@ def list_folders(root: str | Path, classes_from: str = "top") -> FolderListing:
         reader.folder_links + sum(folder.is_link for folder in split_folders.values()),
         reader.image_links,
         {split: tuple(reasons) for split, reasons in reader.broken.items()},
+        classes_from,
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import struct
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -20,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from upt_fast.common.messages import shorten
+from upt_fast.data.sources import ShardImage, Source, open_source
 from upt_fast.data.tree import link_target
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -31,8 +31,8 @@ class ImageDecodeError(ValueError):
     """An image file that cannot be read."""
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """Decode an image file completely, as it is meant to be seen, to 8-bit RGB.
+def read_rgb(path: Source) -> Image.Image:
+    """Decode an image file, or an image in a shard, completely, as it is meant to be seen, to 8-bit RGB.
 
     The EXIF orientation is applied, 16-bit values are scaled to 8 bits, palettes and CMYK are converted, and what is
     transparent shows white. Of an animation the first frame is taken.
@@ -41,20 +41,22 @@ def read_rgb(path: str | Path) -> Image.Image:
         ImageDecodeError: the file is missing, no regular file, no image, truncated or of an unsupported kind.
     """
     try:
-        # a named pipe called x.jpg would block for ever
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageDecodeError("not a regular file")
-        with Image.open(path) as image:
-            image.load()
-            return rgb_of(image)
+        return decode_rgb(open_source(path))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and more
         raise unreadable(path, error) from error
 
 
-def unreadable(path: str | Path, error: Exception) -> ImageDecodeError:
+def decode_rgb(file: Path | IO[bytes]) -> Image.Image:
+    """:func:`read_rgb` of an open file; raises what decoders do."""
+    with Image.open(file) as image:
+        image.load()
+        return rgb_of(image)
+
+
+def unreadable(path: Source, error: Exception) -> ImageDecodeError:
     """What to raise of a file for what a decoder raised."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+    if isinstance(error, FileNotFoundError) and not isinstance(path, ShardImage) and os.path.islink(path):
         reason = link_target(path)
     return ImageDecodeError(f"cannot read {path}: {reason}")
 
@@ -68,8 +70,10 @@ def rgb_of(image: Image.Image) -> Image.Image:
     return _to_rgb(_upright(image))
 
 
-def digest_file(path: Path) -> bytes | None:
-    """SHA-256 of a file's bytes; None if it cannot be read."""
+def digest_file(path: Path | ShardImage) -> bytes | None:
+    """SHA-256 of an image's bytes, of one in a shard as its index has it; None if it cannot be read."""
+    if isinstance(path, ShardImage):
+        return path.digest
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
@@ -123,7 +127,7 @@ class DecodedImages:
 
 
 def decode_images(
-    paths: Sequence[Path],
+    paths: Sequence[Path | ShardImage],
     load: Callable[[Image.Image], Tensor],
     limit_bytes: int,
     description: str = "reading images",
@@ -159,7 +163,10 @@ def decode_images(
 
 
 def decode_each(
-    paths: Sequence[Path], decode: Callable[[Path], T], description: str = "reading images", progress: bool = True
+    paths: Sequence[Path | ShardImage],
+    decode: Callable[[Path | ShardImage], T],
+    description: str = "reading images",
+    progress: bool = True,
 ) -> Iterator[T | str]:
     """What decode gives for each file, in order, by several threads; of a file that cannot be read, the reason.
 
@@ -170,7 +177,7 @@ def decode_each(
         progress: whether to show it.
     """
 
-    def decode_one(path: Path) -> T | str:
+    def decode_one(path: Path | ShardImage) -> T | str:
         try:
             return decode(path)
         except ImageDecodeError as error:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from upt_fast.common.files import write_text
+from upt_fast.data.sources import ShardImage
 
 logger = logging.getLogger("upt_fast")
 
@@ -42,15 +43,20 @@ MAP_ACCESS = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class FileKey(NamedTuple):
-    """What tells an image file from what it was before: its name in the dataset, bytes, time of its last change."""
+    """What tells an image file from what it was before: its name in the dataset, bytes, time of its last change.
+
+    Of an image in a shard a part of its checksum stands for the time.
+    """
 
     name: str
     num_bytes: int
     mtime_ns: int
 
     @classmethod
-    def of(cls, name: str, path: Path) -> FileKey:
+    def of(cls, name: str, path: Path | ShardImage) -> FileKey:
         """The key of a file; raises OSError where there is none."""
+        if isinstance(path, ShardImage):
+            return cls(name, path.size, int.from_bytes(path.digest[:7], "big"))
         found = path.stat()
         return cls(name, found.st_size, found.st_mtime_ns)
 

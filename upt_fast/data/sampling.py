@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upt_fast.common.messages import shorten
-from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem
+from upt_fast.data.listing import ALL_IMAGES, FolderListing, ImageItem
 
 VAL_SHOTS = 4  # the field's protocol: validation takes min(shots, 4) images per class
 

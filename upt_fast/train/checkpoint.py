@@ -7,6 +7,7 @@
     RUN/tensorboard/
     RUN/checkpoints/epoch-0007/    the learner (FastPromptedCLIP.load reads it), training_state.safetensors and .json,
                                    classes.json: the class folders of training (classes.py)
+    RUN/checkpoints/epoch-0007-step-000120/    the same, 120 steps after epoch 7, where they were asked for
     RUN/last, RUN/best     links to two of those
     RUN/average/           the learner with averaged weights (averaging.py), written before the final evaluation
     RUN/confusion.csv      of the final evaluation: a row for each true class, a column for each answer
@@ -32,7 +33,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from upt_fast.common.files import load_safetensors, save_safetensors, write_text
+from upt_fast.common.files import fsync_directory, load_safetensors, save_safetensors, write_text
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
@@ -52,26 +53,28 @@ class SavesPretrained(Protocol):
 class TrainingState:
     """What a run needs beside the learner to go on; random numbers are a function of (seed, epoch) and need no state.
 
+    Inside of an epoch they do: torch's generators are as after a step, which the state's tensors tell.
+
     Args:
         epoch: epochs done.
         step: optimizer steps done.
         best_epoch: epochs done when the best metric was reached.
         best_metric: its value.
+        within: how many of the steps are of the epoch after those.
+        sums: of these: loss and hits summed over images, and images.
     """
 
     epoch: int
     step: int
     best_epoch: int
     best_metric: float
+    within: int = 0
+    sums: tuple[float, float, int] = (0.0, 0.0, 0)
 
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames inside a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    @property
+    def name(self) -> str:
+        """Folder of its checkpoint."""
+        return checkpoint_name(self.epoch) + (f"-step-{self.within:06d}" if self.within else "")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -105,7 +108,7 @@ def write_checkpoint(
     state: TrainingState,
     classes: dict[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint of state.epoch, point ``last`` and ``best`` at theirs and remove the others.
+    """Write the checkpoint of a state, point ``last`` and ``best`` at theirs and remove the others.
 
     Args:
         run_dir: the run.
@@ -118,7 +121,7 @@ def write_checkpoint(
     """
     checkpoints = run_dir / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
-    name = checkpoint_name(state.epoch)
+    name = state.name
     temporary = checkpoints / f"{TEMPORARY_PREFIX}{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -149,10 +152,11 @@ def _point(run_dir: Path, link: str, name: str) -> None:
 def _tidy(run_dir: Path, state: TrainingState) -> None:
     """Make everything else follow from what ``last`` points at."""
     best = checkpoint_name(state.best_epoch)
-    if os.path.realpath(run_dir / "best") != os.path.realpath(run_dir / CHECKPOINTS / best):
+    there = (run_dir / CHECKPOINTS / best).is_dir()  # not inside of the first epoch
+    if there and os.path.realpath(run_dir / "best") != os.path.realpath(run_dir / CHECKPOINTS / best):
         _point(run_dir, "best", best)
     for folder in (run_dir / CHECKPOINTS).iterdir():
-        if folder.name not in (best, checkpoint_name(state.epoch)):
+        if folder.name not in (best, state.name):
             shutil.rmtree(folder)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from upt_fast.common.messages import shorten
 from upt_fast.data.classnames import FOLDER_NAMES, given_names, plain_name
-from upt_fast.data.folder import CLASSES_FROM, FolderListing, ImageItem
+from upt_fast.data.folder import CLASSES_FROM
+from upt_fast.data.listing import FolderListing, ImageItem
 from upt_fast.data.wordnet import lemmas_of
 from upt_fast.train.checkpoint import CLASSES_FILE, read_json
 

@@ -26,6 +26,7 @@ FREE_ON_RESUME = frozenset(
         "cuda_graph",
         "num_workers",
         "cache_gib",
+        "checkpoint_steps",
         "feature_store",
         "feature_store_gib",
         "backend",
@@ -56,7 +57,8 @@ class TrainConfig:
     """
 
     data: str = _option(
-        "directory of images: DIR/<class>/*, or DIR/train, DIR/val, DIR/test with class folders in each; links followed"
+        "directory of images: DIR/<class>/*, or DIR/train, DIR/val, DIR/test with class folders in each, links "
+        "followed; or what upt-fast shard wrote"
     )
     out: str = _option(
         "folder of the run: checkpoints, metrics and results; must not hold a run unless resume is given"
@@ -101,6 +103,10 @@ class TrainConfig:
     patience: int | None = _option(
         "end after so many epochs without a better validation accuracy; none: train all epochs", None
     )
+    checkpoint_steps: int | None = _option(
+        "write a checkpoint after every so many steps too, from which a killed run goes on; none: after each epoch",
+        None,
+    )
     batch_size: int = _option("training images per batch; a step takes one, or more with accumulate", 32)
     accumulate: int = _option(
         "batches per step: its gradient is that of the mean over all their images, of which batch_size run at once", 1
@@ -133,9 +139,10 @@ class TrainConfig:
     device: str = _option("auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "auto")
     cuda_graph: bool = _option("on a GPU, replay steps from a CUDA graph where they can be captured", True)
     num_workers: int | None = _option("processes that load images; none: 0 on the CPU, up to 8 for a GPU", None)
-    cache: Literal["scaled", "exact"] | None = _option(
-        "decoded images: scaled (on disk, training images no larger than crops need) or exact (in memory, training "
-        "images as their files have them); none: scaled, or as the run that is resumed",
+    cache: Literal["scaled", "exact", "stream"] | None = _option(
+        "decoded images: scaled (on disk, training images no larger than crops need), exact (in memory, training "
+        "images as their files have them) or stream (nowhere: decoded when used, training images in the order of their "
+        "shards); none: scaled, stream for shards with shots all, or as the run that is resumed",
         None,
     )
     cache_size: int | None = _option(
@@ -201,7 +208,8 @@ class TrainConfig:
             raise ValueError(f"shots={self.shots!r}; wanted a whole number of at least 1, or 'all'")
         for name, minimum in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("test_batch_size", 1)):
             require_int(name, getattr(self, name), minimum)
-        for name, minimum in (("num_workers", 0), ("text_batch", 1), ("patience", 1), ("cache_size", 1)):
+        least_one = ("text_batch", "patience", "cache_size", "checkpoint_steps")
+        for name, minimum in (("num_workers", 0), *((name, 1) for name in least_one)):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), minimum)
         for name, positive in (
@@ -224,7 +232,7 @@ class TrainConfig:
         if self.final_model == "average" and self.ema is None:
             raise ValueError("final_model='average' with ema=None; wanted the decay of the average, such as ema=0.999")
         if self.cache is not None:
-            require_choice("cache", self.cache, ("scaled", "exact"))
+            require_choice("cache", self.cache, ("scaled", "exact", "stream"))
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 require_choice(name, getattr(self, name), get_args(hint))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from upt_fast.common.checks import require_int
 from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
+from upt_fast.data.sources import Source
 from upt_fast.data.transforms import build_eval_transform, build_normalize
 from upt_fast.train.batches import device_of, eval_mode, to_device
 from upt_fast.train.features import FeatureDataset, FixedFeatures
@@ -93,7 +93,7 @@ def _logits(
 
 def predict(
     model: Any,
-    paths: Sequence[str | Path],
+    paths: Sequence[Source],
     top_k: int = 5,
     batch_size: int = 100,
     progress: bool = True,
@@ -103,7 +103,7 @@ def predict(
 
     Args:
         model: FastPromptedCLIP or what has its classnames, preprocess_cfg and forward.
-        paths: N image files.
+        paths: N image files, or images in shards (find_images of upt_fast.data.shards).
         top_k: classes per image; all of them if there are fewer.
         batch_size: images per forward pass.
         progress: whether to show a progress bar.

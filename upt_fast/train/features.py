@@ -26,6 +26,7 @@ from tqdm import tqdm
 from upt_fast.data.dataset import ImageDataset
 from upt_fast.data.feature_store import FeatureStore, Section
 from upt_fast.data.images import digest_file
+from upt_fast.data.sources import ShardImage
 from upt_fast.data.transforms import build_eval_transform, build_normalize, image_size
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
@@ -77,7 +78,7 @@ class FixedFeatures:
         self.normalize: Callable[[Tensor], Tensor] = build_normalize(self.preprocess_cfg)
         self.section = None if store is None else self._open(store)
 
-    def look_up(self, paths: Sequence[Path]) -> list[Known]:
+    def look_up(self, paths: Sequence[Path | ShardImage]) -> list[Known]:
         """What the store has of image files."""
         if self.section is None:
             return [Known()] * len(paths)
@@ -234,6 +235,6 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _digests(paths: Sequence[Path]) -> list[bytes | None]:
+def _digests(paths: Sequence[Path | ShardImage]) -> list[bytes | None]:
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(digest_file, paths))

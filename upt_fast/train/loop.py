@@ -1,8 +1,9 @@
 """The training loop: SGD on the prompts, one checkpoint per epoch, a final evaluation.
 
 Every random number of a run is a function of its seed, the epoch and the image (data/dataset.py), and torch's own
-generators, which dropout draws from, are seeded anew for each epoch. A run that is resumed from the checkpoint of any
-epoch is therefore bit for bit the run that was never stopped, on the same machine and software.
+generators, which dropout draws from, are seeded anew for each epoch; a checkpoint inside of one has their states. A run
+that is resumed from any checkpoint is therefore bit for bit the run that was never stopped, on the same machine and
+software.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from upt_fast.data.duplicates import Duplicates, find_duplicates
 from upt_fast.data.feature_store import open_store
-from upt_fast.data.folder import FolderListing, list_folders, scan_folder
+from upt_fast.data.folder import list_folders, scan_folder
+from upt_fast.data.listing import FolderListing
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
@@ -222,7 +224,9 @@ class Run:
             logger.info("%s has nothing to train; %s", config.method, self._tested())
             return
         if config.resume:
-            logger.info("resuming %s after epoch %d of %d", out, trainer.state.epoch, config.epochs)
+            state = trainer.state
+            within = f", step {state.within} of {len(trainer.sampler)} of the next" if state.within else ""
+            logger.info("resuming %s after epoch %d of %d%s", out, state.epoch, config.epochs, within)
         logger.info(
             "training on %d images of %d classes, %s; %s",
             len(data.train),

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,15 @@ class Meter:
         self.late = 1 if device.type == "cuda" else 0
         self.pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
         self.loss_sum, self.correct, self.count = 0.0, 0.0, 0
+
+    @property
+    def sums(self) -> tuple[float, float, int]:
+        """Loss and hits summed over images, and images."""
+        return self.loss_sum, self.correct, self.count
+
+    @sums.setter
+    def sums(self, values: Sequence[float]) -> None:
+        self.loss_sum, self.correct, self.count = values[0], values[1], int(values[2])
 
     def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         correct = (logits.detach().argmax(dim=1) == labels).sum()

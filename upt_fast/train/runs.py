@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upt_fast.data.dataset import ImageDataset
+from upt_fast.common.checks import require_choice
 from upt_fast.data.feature_store import open_store
-from upt_fast.data.folder import ALL_IMAGES, FolderListing, ImageItem, list_folders
-from upt_fast.data.images import corrupt_message, decode_images
-from upt_fast.data.transforms import build_eval_transform
+from upt_fast.data.folder import list_folders
+from upt_fast.data.images import corrupt_message
+from upt_fast.data.listing import ALL_IMAGES, FolderListing, ImageItem
+from upt_fast.data.shards import is_sharded
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.batches import device_of
 from upt_fast.train.checkpoint import is_run, read_json
 from upt_fast.train.classes import match_images, read_classes, shown_names
 from upt_fast.train.evaluation import evaluate
-from upt_fast.train.features import FeatureDataset, FixedFeatures
-from upt_fast.train.images import GIB
+from upt_fast.train.features import FixedFeatures
+from upt_fast.train.images import KeptImages, check_stream, recorded_cache
 from upt_fast.train.metrics import Evaluation
 from upt_fast.train.setup import (
     CONFIG_FILE,
@@ -90,6 +92,8 @@ def evaluate_run(
     classnames: str | Path | Mapping[str, str] | None = None,
     feature_store: str | None = None,
     feature_store_gib: float = 1.0,
+    cache: str | None = None,
+    cache_gib: float | None = None,
 ) -> tuple[Evaluation, str]:
     """Evaluate a trained model on a directory of images.
 
@@ -111,6 +115,9 @@ def evaluate_run(
             to call it; see :func:`upt_fast.train.classes.match_images`.
         feature_store: a folder that keeps image features that no prompt changes, or "off"; None: as for training.
         feature_store_gib: what it may take on disk.
+        cache: where decoded images are kept, see KeptImages; results are the same. None: as the run did, without one
+            "scaled".
+        cache_gib: for them; None: as the run did, if it had this kind, else as for training.
     Returns:
         The evaluation, and which images it is on, in words.
     Raises:
@@ -123,21 +130,34 @@ def evaluate_run(
     items, where = _eval_items(listing, split, folder)
     model = load_run(folder, device, backend, method)
     matched = match_images(items, listing, classes, model.classnames, classnames)
-    load = build_eval_transform(preprocess_cfg(model))
-    paths, workers = [item.path for item in matched.items], count_workers(num_workers, device_of(model))
+    workers = count_workers(num_workers, device_of(model))
     store = open_store(feature_store, feature_store_gib)
     keep_texts(model, store)
     source = FixedFeatures(model, batch_size, workers, store, progress) if model.images_are_fixed else None
-    known = [] if source is None else source.look_up(paths)
-    there = {i for i, entry in enumerate(known) if entry.row is not None}
-    decoded = decode_images(paths, load, GIB, "reading images", progress, skip=there)
-    if decoded.failures:
-        raise ValueError(corrupt_message(list(decoded.failures.values())))
-    dataset = ImageDataset(matched.items, load, decoded.images)
-    if source is not None:
-        dataset = FeatureDataset(dataset, source, known)
+    kind, gib = _cache_of(_run_of(folder), data, cache, cache_gib)
+    images = KeptImages(kind, gib, preprocess_cfg(model), listing.root, source, progress)
+    dataset, failures = images.evaluation("test", matched.items)
+    if failures:
+        raise ValueError(corrupt_message(failures))
     evaluation = evaluate(model, dataset, batch_size, workers, progress=progress, classnames=matched.classnames)
     return evaluation, where
+
+
+def _cache_of(run: Path | None, data: str | Path, cache: str | None, gib: float | None) -> tuple[str, float | None]:
+    """Kind and size of the cache that an evaluation has."""
+    if gib is not None and not 0 <= gib < math.inf:
+        raise ValueError(f"cache_gib={gib!r}; wanted a non-negative number")
+    if cache is not None:
+        require_choice("cache", cache, ("scaled", "exact", "stream"))
+        if cache == "stream":
+            check_stream(data)
+    recorded = None if run is None else recorded_cache(run / CONFIG_FILE)
+    # other data need not be shards, though the run's were
+    fitting = "scaled" if recorded is None or (recorded == "stream" and not is_sharded(data)) else recorded
+    kind = cache or fitting
+    if gib is None and run is not None and kind == recorded:
+        gib = read_json(run / CONFIG_FILE).get("cache_gib")
+    return kind, gib
 
 
 def class_names(

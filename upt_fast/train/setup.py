@@ -17,8 +17,8 @@ from upt_fast.data.classnames import FOLDER_NAMES
 from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.duplicates import Duplicates, drop_test_copies
 from upt_fast.data.feature_store import open_store
-from upt_fast.data.folder import FolderListing, ImageItem
 from upt_fast.data.images import corrupt_message
+from upt_fast.data.listing import FolderListing, ImageItem
 from upt_fast.data.sampling import FewShotSplit
 from upt_fast.engine.workspace import keep_heap_small
 from upt_fast.model import FastPromptedCLIP
@@ -199,7 +199,7 @@ def load_data(
             raise ValueError("no test image is left; wanted at least one that can be read")
     return RunData(
         classnames=listing.classnames,
-        classes=TrainedClasses(listing.folders, config.classes_from),
+        classes=TrainedClasses(listing.folders, listing.classes_from),
         split=split,
         duplicates=duplicates,
         dropped=dropped,

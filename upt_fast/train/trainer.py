@@ -1,4 +1,4 @@
-"""Epochs: steps, validation, a checkpoint after each."""
+"""Epochs: steps, validation, a checkpoint after each, and inside of one where asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from upt_fast.data.dataset import EpochBatchSampler, derive_seed
+from upt_fast.data.streaming import ShardBatchSampler
 from upt_fast.data.transforms import build_normalize
 from upt_fast.engine.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
@@ -56,6 +58,23 @@ logger = logging.getLogger("upt_fast")
 Batch = tuple[Tensor, Tensor]  # (B, 3, H, W) images, normalised, and (B,) labels, on the device
 Result = tuple[Tensor, Tensor]  # the loss () and the logits (B, C) of a step, without gradients
 Steps = Generator[Batch, Result, None]
+RANDOMNESS = "random."  # before the names of generators' states
+
+
+def get_randomness(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's default generators."""
+    states = {f"{RANDOMNESS}cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"{RANDOMNESS}cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_randomness(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what :func:`get_randomness` gave; of a device without a state nothing is changed."""
+    if (state := states.get(f"{RANDOMNESS}cpu")) is not None:
+        torch.set_rng_state(state)
+    if device.type == "cuda" and (state := states.get(f"{RANDOMNESS}cuda")) is not None:
+        torch.cuda.set_rng_state(state, device)
 
 
 def drive(steps: Steps, step: Callable[[Tensor, Tensor], Result]) -> None:
@@ -92,15 +111,21 @@ class Trainer:
         self.state = TrainingState(epoch=0, step=0, best_epoch=0, best_metric=-math.inf)
         self.log: WandbLog | None = None  # beside metrics.jsonl
         self.average = None if config.ema is None else WeightAverage(config.ema)
+        self.randomness: dict[str, Tensor] = {}  # of torch's generators, inside of an epoch
         if restored := read_checkpoint(out):
             self.state, tensors = restored
             restore_state(model, self.optimizer, tensors)
+            self.randomness = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOMNESS)}
             if self.average is not None:
                 self.average.restore(model, tensors)
         self.schedule = WarmupCosineLR(
             self.optimizer, config.epochs, config.lr, config.warmup_lr, start_epoch=self.state.epoch
         )
-        self.sampler = EpochBatchSampler(len(data.train), config.batch_size, config.seed, config.accumulate)
+        self.sampler = (
+            ShardBatchSampler(data.train.base.items, config.batch_size, config.seed, config.accumulate)
+            if config.cache == "stream"
+            else EpochBatchSampler(len(data.train), config.batch_size, config.seed, config.accumulate)
+        )
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             data.train,  # type: ignore[arg-type]
             batch_sampler=self.sampler,  # type: ignore[arg-type]
@@ -141,7 +166,7 @@ class Trainer:
             return result
 
         per_epoch = len(self.sampler)
-        total, initial = config.epochs * per_epoch, self.state.epoch * per_epoch
+        total, initial = config.epochs * per_epoch, self.state.step
         shown = None if config.progress else True
         bar = tqdm(total=total, initial=initial, unit="step", disable=shown, smoothing=0.05)
         with InterruptBetweenSteps() as interrupt, bar:
@@ -193,21 +218,46 @@ class Trainer:
     ) -> Generator[Batch, Result, tuple[float, float]]:
         """One pass over the images; returns mean loss and accuracy of the images seen."""
         torch.manual_seed(derive_seed(self.config.seed, epoch))
-        self.sampler.epoch = epoch
+        self.sampler.epoch, self.sampler.start = epoch, self.state.within
         meter = Meter(epoch, lr, bar, self.device)
+        if self.state.within:
+            meter.sums = self.state.sums
+            set_randomness(self.randomness, self.device)
         self.model.train()
-        for step, (images, labels) in enumerate(to_device(self.loader, self.normalize, self.device)):
+        done = epoch * len(self.sampler) + self.state.within
+        for images, labels in to_device(self.loader, self.normalize, self.device):
             loss, logits = yield images, labels
             if self.average is not None:
                 self.average.update(self.model)
-            meter.add(epoch * len(self.sampler) + step, loss, logits, labels)
+            meter.add(done, loss, logits, labels)
+            done += 1
+            every, within = self.config.checkpoint_steps, done - epoch * len(self.sampler)
+            if every is not None and done % every == 0 and within < len(self.sampler):
+                self._checkpoint_within(epoch, within, lr, meter)
             interrupt.check()
         meter.flush()
-        if bad := [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]:
-            raise TrainingDivergedError(
-                diverged((epoch + 1) * len(self.sampler) - 1, epoch, lr, f"{bad[0]} is not finite")
-            )
+        self._check_finite(done, epoch, lr)
         return meter.mean_loss, meter.accuracy
+
+    def _check_finite(self, done: int, epoch: int, lr: float) -> None:
+        if bad := [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]:
+            raise TrainingDivergedError(diverged(done - 1, epoch, lr, f"{bad[0]} is not finite"))
+
+    def _checkpoint_within(self, epoch: int, within: int, lr: float, meter: Meter) -> None:
+        """A checkpoint between two steps of an epoch."""
+        randomness = get_randomness(self.device)
+        meter.flush()
+        step = epoch * len(self.sampler) + within
+        self._check_finite(step, epoch, lr)
+        state = replace(self.state, epoch=epoch, step=step, within=within, sums=meter.sums)
+        tensors = self._tensors() | randomness
+        write_checkpoint(self.out, self.model, tensors, state, self.data.classes.to_dict())
+        self.state = state
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the learner."""
+        average = {} if self.average is None else self.average.tensors()
+        return state_tensors(self.model, self.optimizer) | average
 
     def _validate(self) -> Evaluation:
         assert self.data.val is not None
@@ -231,8 +281,5 @@ class Trainer:
         record_epoch(self.out, record, writer)
         if self.log is not None:
             self.log.log(record)
-        tensors = state_tensors(self.model, self.optimizer)
-        if self.average is not None:
-            tensors |= self.average.tensors()
-        write_checkpoint(self.out, self.model, tensors, state, self.data.classes.to_dict())
+        write_checkpoint(self.out, self.model, self._tensors(), state, self.data.classes.to_dict())
         self.state = state
