@@ -50,7 +50,7 @@ class FolderListing:
     folder_links: int = 0
     image_links: int = 0
     broken: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    classes_from: str = "top"
+    classes_from: str = field(default="top", compare=False)
     named: bool = False
 
     @property

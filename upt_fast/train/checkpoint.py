@@ -71,6 +71,9 @@ class TrainingState:
     within: int = 0
     sums: tuple[float, float, int] = (0.0, 0.0, 0)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sums", tuple(self.sums))  # a list in JSON
+
     @property
     def name(self) -> str:
         """Folder of its checkpoint."""
