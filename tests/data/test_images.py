@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from upt_fast.data import (
     AUGMENTATIONS,
@@ -222,3 +223,32 @@ def test_batch_order():
 def test_dataset_checks_its_cache(tmp_path):
     with pytest.raises(ValueError, match="1 decoded images for 0 items"):
         ImageDataset([], build_eval_transform(CFG), [torch.zeros(3, 2, 2, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 3, 64, 64), (2, 2, 3, 9, 1), (0, 3, 4, 4)])
+def test_normalisation_has_torchvision_s_bits(shape, threads):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    cfgs = [CFG, *({"mean": torch.rand(3).tolist(), "std": (torch.rand(3) + 0.1).tolist()} for _ in range(20))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for cfg in cfgs:
+            normalize = build_normalize(cfg)
+            steps = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(cfg["mean"]), list(cfg["std"]))]
+            wanted = v2.Compose(steps)(images)
+            assert normalize.exact
+            assert torch.equal(normalize(images), wanted)
+            strided = images.transpose(-1, -2).contiguous().transpose(-1, -2)
+            assert torch.equal(normalize(strided), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_normalisation_of_others_is_torchvision_s():
+    normalize = build_normalize(CFG)
+    images = torch.rand(3, 4, 4)
+    assert torch.equal(normalize(images.clone()), normalize.transform(images.clone()))
+    meta = torch.empty(2, 3, 4, 4, dtype=torch.uint8, device="meta")
+    assert normalize(meta).shape == (2, 3, 4, 4)
