@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -33,6 +35,8 @@ from upt_fast.data.pixel_store import FileKey
 from upt_fast.data.shards import find_images
 from upt_fast.data.sources import read_source
 from upt_fast.data.streaming import shuffled
+from upt_fast.train import TrainConfig
+from upt_fast.train.images import RunImages
 
 CLASSES = ("blue", "green", "red")
 
@@ -386,3 +390,42 @@ def test_an_image_is_opened_from_its_bytes_alone(shards, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda file: (opened.append(type(file).__name__), real(file))[1])
     read_rgb(item.path)
     assert opened == ["BytesIO"]
+
+
+def anonymous() -> int:
+    """Bytes of memory that are the process's own, not a file's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["RssAnon"].split()[0])
+
+
+def stream_and_measure(root: Path, results) -> None:
+    config = TrainConfig(data=str(root), out="unused", clip="unused", shots="all", cache="stream", progress=False)
+    items = scan_folder(root).splits["all"]
+    images, _ = RunImages(config, {"size": 32}, root, torch.device("cpu")).training(items)
+    sampler = ShardBatchSampler(items, 8, seed=1)
+    images.__getitems__([(0, i) for i in range(8)])
+    before = anonymous()
+    for sampler.epoch in range(2):
+        for batch in sampler:
+            images.__getitems__(batch)
+    results.put((before, anonymous()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process's memory")
+def test_memory_of_a_stream_does_not_grow_with_the_set(tmp_path):
+    pixels, found = np.zeros((500, 1000, 3), dtype=np.uint8), {}
+    for count in (8, 64):  # 12 and 96 MB of pixels
+        for i in range(count):
+            pixels[:] = i
+            place = tmp_path / str(count) / CLASSES[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{i}.png", compress_level=1)
+        write_shards(tmp_path / str(count), tmp_path / f"shards-{count}", images_per_shard=20, progress=False)
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        process = context.Process(target=stream_and_measure, args=(tmp_path / f"shards-{count}", results))
+        process.start()
+        before, found[count] = results.get(timeout=60)
+        process.join()
+        assert found[count] - before < 10e6
+    assert found[64] - found[8] < 10e6
