@@ -315,14 +315,14 @@ def test_a_killed_run_is_begun_anew_and_two_do_not_meet(folder, tmp_path):
     assert len(scan_folder(tmp_path / "out").splits["train"]) == 36
 
 
-def test_find_images(folder, shards):
-    assert len(find_images(shards)) == 51
-    assert len(find_images(shards / "test")) == 9
-    assert [str(path) for path in find_images(shards / "test/red/0.jpg")] == [str(shards / "test/red/0.jpg")]
-    assert find_images(folder / "test/red/0.jpg") == [folder / "test/red/0.jpg"]
-    assert find_images("nowhere.jpg") == [Path("nowhere.jpg")]
+def test_find_images(folder, shards, tmp_path, monkeypatch):
+    assert len(find_images([shards, shards / "test"])) == 51 + 9
+    assert [str(path) for path in find_images([shards / "test/red/0.jpg"])] == [str(shards / "test/red/0.jpg")]
+    assert find_images([folder / "test/red/0.jpg", "nowhere.jpg"]) == [folder / "test/red/0.jpg", Path("nowhere.jpg")]
+    monkeypatch.chdir(shards.parent)
+    assert len(find_images([f"{shards.name}/val"])) == 6
     with pytest.raises(ValueError, match="hold no image test/re; wanted one of"):
-        find_images(shards / "test/re")
+        find_images([shards / "test/re"])
 
 
 class Indices:

@@ -120,6 +120,7 @@ def test_tasks_of_one_shape_share_steps(finished):
 def test_kill_at_a_random_moment(data, finished, tmp_path, monkeypatch, moment):
     """At a step or any change of the disk; what is left resumes to the uninterrupted job, to the bit."""
     tasks, out = finished
+    often = {"checkpoint_steps": 1} if moment % 2 else {}
     count, at = 0, random.Random(moment).randrange(5, 400)
 
     def dies(real):
@@ -132,7 +133,7 @@ def test_kill_at_a_random_moment(data, finished, tmp_path, monkeypatch, moment):
 
         return run
 
-    again = read_tasks(write_tasks(tmp_path / "tasks.yaml", data, tasks=MIXED), str(tmp_path / "out"))
+    again = read_tasks(write_tasks(tmp_path / "tasks.yaml", data, tasks=MIXED, **often), str(tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(Row, "update", dies(Row.update))
         patch.setattr(job, "summarise", lambda job: None)  # a kill writes nothing

@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
     from upt_fast.train.evaluation import predict
     from upt_fast.train.runs import class_names, load_run
 
-    paths = [found for path in options.images for found in find_images(path)]
+    paths = find_images(options.images)
     missing = [str(path) for path in paths if isinstance(path, Path) and not path.exists()]
     if missing:
         raise ValueError(f"{len(missing)} image file(s) do not exist: {', '.join(missing[:10])}")

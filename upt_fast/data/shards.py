@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,26 +114,27 @@ def _lines(path: Path, digest: str) -> Iterator[Any]:
         raise ValueError(f"cannot read {path}: {error.strerror}; {ADVICE}") from error
 
 
-def find_images(path: str | Path) -> list[Source]:
-    """The images that a path means: a file; all of a folder of shards; those below a path that goes on inside of one.
+def find_images(paths: Iterable[str | Path]) -> list[Source]:
+    """The images that paths mean: files, all images of a folder of shards, or those below a path that goes on in one.
 
     Args:
-        path: FILE, SHARDS, SHARDS/test/red or SHARDS/test/red/0.jpg.
+        paths: each FILE, SHARDS, SHARDS/test/red or SHARDS/test/red/0.jpg.
     Raises:
-        ValueError: there is nothing of that name.
+        ValueError: shards hold nothing of that name; what is no file and in no shards is left as it is.
     """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    for root in (path, *path.parents):
-        if not is_sharded(root):
+    listed: dict[Path, list[ImageItem]] = {}
+    found: list[Source] = []
+    for path in map(Path, paths):
+        root = None if path.is_file() else next(filter(is_sharded, (path, *path.parents)), None)
+        if root is None:
+            found.append(path)
             continue
+        if root not in listed:
+            listed[root] = [item for of_split in list_shards(root).splits.values() for item in of_split]
         key = path.relative_to(root).as_posix()
-        items = [item for of_split in list_shards(root).splits.values() for item in of_split]
-        found: list[Source] = [item.path for item in items if key in (".", item.key) or item.key.startswith(f"{key}/")]
-        if not found:
-            raise ValueError(
-                f"the shards of {root} hold no image {key}; wanted one of {shorten([i.key for i in items], 3)}"
-            )
-        return found
-    return [path]
+        inside = [i.path for i in listed[root] if key in (".", i.key) or i.key.startswith(f"{key}/")]
+        if not inside:
+            examples = shorten([item.key for item in listed[root]], 3)
+            raise ValueError(f"the shards of {root} hold no image {key}; wanted one of {examples}")
+        found += inside
+    return found
