@@ -1,6 +1,8 @@
 """Decoding, transforms and the datasets' randomness."""
 
 import os
+import pickle
+import time
 
 import numpy as np
 import pytest
@@ -252,3 +254,47 @@ def test_normalisation_of_others_is_torchvision_s():
     assert torch.equal(normalize(images.clone()), normalize.transform(images.clone()))
     meta = torch.empty(2, 3, 4, 4, dtype=torch.uint8, device="meta")
     assert normalize(meta).shape == (2, 3, 4, 4)
+
+
+def test_memory_of_batches_is_used_again_when_nothing_refers_to_it():
+    normalize = build_normalize(CFG)
+    images = [torch.full((4, 3, 224, 224), i, dtype=torch.uint8) for i in range(6)]
+    wanted = [normalize.transform(batch).clone() for batch in images]
+    held = [normalize(batch) for batch in images]  # nothing is used again
+    assert all(map(torch.equal, held, wanted))
+    assert len(normalize.blocks._blocks) == 2
+    places = [batch.data_ptr() for batch in held]
+    view, array = held[4][1, 2], held[5].numpy()
+    del held
+    assert normalize(images[0]).data_ptr() not in places[4:]
+    assert torch.equal(view, wanted[4][1, 2])
+    assert (array == wanted[5].numpy()).all()
+    del view
+    again = normalize(images[1])
+    assert torch.equal(again, wanted[1])
+    assert torch.equal(normalize(images[2][:2]), wanted[2][:2])
+    assert torch.equal(again, wanted[1])
+    copied = pickle.loads(pickle.dumps(normalize))
+    assert torch.equal(copied(images[3]), wanted[3])
+    with torch.inference_mode():
+        normalize(images[3])
+    assert not normalize(images[3]).is_inference()
+
+
+class Normalized:
+    """Batches that loader processes normalise."""
+
+    def __init__(self) -> None:
+        self.normalize = build_normalize(CFG)
+
+    def __getitem__(self, index):
+        return self.normalize(torch.full((4, 3, 224, 224), index, dtype=torch.uint8))
+
+
+def test_loader_processes_do_not_use_shared_memory_again():
+    dataset = Normalized()
+    loader = DataLoader(dataset, batch_size=None, sampler=range(24), num_workers=2, prefetch_factor=4)
+    for index, batch in enumerate(loader):
+        time.sleep(0.01)
+        wanted = dataset.normalize.transform(torch.full((1, 3, 1, 1), index, dtype=torch.uint8))
+        assert torch.equal(batch, wanted.expand_as(batch))
