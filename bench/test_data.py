@@ -131,7 +131,8 @@ def record(benchmark, found: dict[str, float], run: Callable[[], int]) -> None: 
         load=os.getloadavg()[0],
     )
     benchmark.pedantic(run, rounds=1, iterations=1)
-    print(json.dumps(benchmark.extra_info["times_as_many"]), json.dumps(benchmark.extra_info["images_per_second"]))
+    told = (json.dumps(benchmark.extra_info[name]) for name in ("times_as_many", "images_per_second"))
+    print(benchmark.group, *told)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["uint8", "normalized"])
