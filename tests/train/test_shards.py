@@ -85,7 +85,7 @@ def test_a_stream_in_the_sampler_s_order_is_the_run_on_the_folder(folder, shards
         patch.setattr(
             trainer,
             "ShardBatchSampler",
-            lambda items, batch_size, seed: EpochBatchSampler(len(items), batch_size, seed),
+            lambda items, *settings: EpochBatchSampler(len(items), *settings),
         )
         stream = run(shards, tmp_path / "stream", epochs=2)
     assert json.loads((stream / "config.json").read_text())["cache"] == "stream"
@@ -148,7 +148,11 @@ def test_kill_and_resume_inside_of_an_epoch(shards, tmp_path, at, name):
 DROPOUT = {"method": "upt", "dropout": 0.3, "depth_text": 1, "depth_vision": 1}
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw"}, DROPOUT], ids=["adamw", "dropout"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "adamw"}, DROPOUT, {"accumulate": 2, "ema": 0.9}],
+    ids=["adamw", "dropout", "average"],
+)
 def test_checkpoints_inside_of_an_epoch_on_a_folder(folder, tmp_path, monkeypatch, changes):
     options = {"method": "ivlp", "shots": 5, **changes}
     whole = run(folder, tmp_path / "whole", **options)

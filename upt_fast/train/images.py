@@ -23,6 +23,7 @@ from upt_fast.data.images import decode_images
 from upt_fast.data.listing import ImageItem
 from upt_fast.data.pixel_store import PixelStore
 from upt_fast.data.shards import is_sharded
+from upt_fast.data.sources import ShardImage
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, image_size
 from upt_fast.train.checkpoint import read_json
 from upt_fast.train.config import TrainConfig
@@ -109,7 +110,7 @@ class KeptImages:
         progress: bool = True,
     ) -> None:
         self.kind, self.preprocess_cfg, self.fixed, self.progress = kind, preprocess_cfg, fixed, progress
-        most = DISK_GIB if kind == "scaled" else MEMORY_GIB
+        most = MEMORY_GIB if kind == "exact" else DISK_GIB
         self.limit = int((most if gib is None else gib) * GIB)
         self.dataset = os.path.realpath(root)
 
@@ -131,9 +132,10 @@ class KeptImages:
     def _keep(
         self, name: str, items: Sequence[ImageItem], load: Callable[[Image.Image], Tensor]
     ) -> tuple[ImageDataset, list[str]]:
-        if self.kind == "stream":
+        # of files of their own, as those of another directory for the test, nobody has decoded each before
+        if self.kind == "stream" and all(isinstance(item.path, ShardImage) for item in items):
             return ImageDataset(items, load), []
-        if self.kind == "scaled":
+        if self.kind != "exact":
             how = {key: self.preprocess_cfg.get(key) for key in ("size", "interpolation", "resize_mode")}
             decode = functools.partial(read_transformed, transform=load)
             images, good, failures = self._on_disk(name, items, decode, {"evaluation": how})
