@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from upt_fast.data.cached import CachedImages
-from upt_fast.data.dataset import AugmentedDataset, ImageDataset, derive_seed
+from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.transforms import CROP_RATIO, CROP_SCALE, image_size, interpolation_mode
 
 ATTEMPTS = 10  # of RandomResizedCrop, before it takes the centre
@@ -204,6 +204,7 @@ class BatchedAugmentation(AugmentedDataset):
         augment: "standard" or "crop".
         seed: of the run.
         on_device: whether :meth:`Crops.to` is to resize them; else they are resized here.
+        views: as for AugmentedDataset.
     """
 
     def __init__(
@@ -214,8 +215,9 @@ class BatchedAugmentation(AugmentedDataset):
         augment: str,
         seed: int,
         on_device: bool = False,
+        views: int | None = None,
     ) -> None:
-        super().__init__(base, None, seed)
+        super().__init__(base, None, seed, views)
         self.images, self.flip = images, augment == "standard"
         self.size, self.mode = image_size(preprocess_cfg), interpolation_mode(preprocess_cfg)
         self.on_device = on_device and self.mode in (F.InterpolationMode.BICUBIC, F.InterpolationMode.BILINEAR)
@@ -255,7 +257,7 @@ class BatchedAugmentation(AugmentedDataset):
     def _draw(self, key: tuple[int, int]) -> Part:
         epoch, index = key
         image, full_size = self.images.read(index)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, index))
+        generator = torch.Generator().manual_seed(self.random_seed(epoch, index))
         return cut(image, full_size, draw_box(*full_size, self.flip, generator))
 
     def _resize_into(self, image: Tensor, part: Part) -> None:

@@ -65,12 +65,27 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]]):
         base: the images, of any sizes.
         transform: (3, H, W) uint8 -> (3, h, w) uint8, drawing from torch's default generator; None: leave them.
         seed: of the run.
+        views: augmented views that an image has, gone through epoch by epoch; None: a new one in each epoch.
     """
 
-    def __init__(self, base: ImageDataset, transform: Callable[[Tensor], Tensor] | None, seed: int) -> None:
+    def __init__(
+        self,
+        base: ImageDataset,
+        transform: Callable[[Tensor], Tensor] | None,
+        seed: int,
+        views: int | None = None,
+    ) -> None:
         self.base = base
         self.transform = transform
         self.seed = seed
+        self.views = views
+
+    def random_seed(self, epoch: int, index: int) -> int:
+        """What seeds an image's augmentation: of a view its number and the image's key, whatever the run is."""
+        if self.views is None:
+            return derive_seed(self.seed, epoch, index)
+        name = self.base.items[index].key.encode(errors="surrogateescape")
+        return derive_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big"), epoch % self.views)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -85,7 +100,7 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]]):
         image, label = self.base[index]
         if self.transform is not None:
             with torch.random.fork_rng(devices=()):
-                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+                torch.default_generator.manual_seed(self.random_seed(epoch, index))
                 image = self.transform(image)
         return image, label
 

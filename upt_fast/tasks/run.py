@@ -40,9 +40,9 @@ from upt_fast.train.setup import (
     RESULTS_FILE,
     SPLIT_FILE,
     build_model,
-    has_fixed_features,
     parts_of,
     resolve_device,
+    trains_on_features,
 )
 from upt_fast.train.trainer import Batch
 
@@ -165,7 +165,7 @@ def _begin(
                 epochs = member.results.get("epochs_done", config.epochs)
                 member.end = epochs * steps_of_epoch(count, config.batch_size, config.accumulate)
             member.at, member.model = member.end, model
-            member.from_features = config.augment == "none" and has_fixed_features(config, model)
+            member.from_features = trains_on_features(config, model)
         return
     with contextlib.ExitStack() as opened:
         try:

@@ -165,6 +165,11 @@ class TrainConfig:
     duplicates: Literal["keep", "drop"] = _option(
         "test images that are copies of training images: test on them all the same, or leave them out", "keep"
     )
+    views: int | None = _option(
+        "augmented views that each image has, gone through epoch by epoch, so that features that no prompt changes are "
+        "computed once: another protocol than the field's; none: a new view in each epoch",
+        None,
+    )
     ema: float | None = _option(
         "decay of a moving average of the weights over steps, such as 0.999: kept beside them, tested and saved at the "
         "end; none: no average",
@@ -224,6 +229,10 @@ class TrainConfig:
                 continue
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise ValueError(f"{name}={value!r}; wanted a {'positive' if positive else 'non-negative'} number")
+        if self.views is not None:
+            require_int("views", self.views, 1)
+            if self.augment == "none":
+                raise ValueError(f"views={self.views} with augment='none'; wanted standard or crop, or no views")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}; wanted a number in [0, 1)")

@@ -9,6 +9,7 @@ without one has thus the same bits, and so has training on images without augmen
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from upt_fast.data.dataset import ImageDataset
+from upt_fast.data.dataset import AugmentedDataset, ImageDataset
 from upt_fast.data.feature_store import FeatureStore, Section
 from upt_fast.data.images import digest_file
 from upt_fast.data.sources import ShardImage
@@ -78,23 +79,32 @@ class FixedFeatures:
         self.normalize: Callable[[Tensor], Tensor] = build_normalize(self.preprocess_cfg)
         self.section = None if store is None else self._open(store)
 
-    def look_up(self, paths: Sequence[Path | ShardImage]) -> list[Known]:
-        """What the store has of image files."""
+    def look_up(self, paths: Sequence[Path | ShardImage], marks: Sequence[str] | None = None) -> list[Known]:
+        """What the store has of image files.
+
+        Args:
+            paths: of the files.
+            marks: of each what else its feature hangs on.
+        """
         if self.section is None:
             return [Known()] * len(paths)
-        digests = _digests(paths)
+        digests = _digests(paths, marks)
         rows = self.section.read([digest for digest in digests if digest is not None])
         return [Known(digest, None if digest is None else rows.get(digest)) for digest in digests]
 
     @torch.no_grad()
     def compute(
-        self, dataset: Dataset[tuple[Tensor, int]], known: Sequence[Known] | None = None
+        self,
+        dataset: Dataset[tuple[Tensor, int]],
+        known: Sequence[Known] | None = None,
+        marks: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features (N, e) in the tower's dtype and labels (N,) of a dataset, on the CPU.
 
         Args:
             dataset: items of (3, H, W) uint8 and a label; an ImageDataset where known is given.
             known: what the store has of each image; the others' features are put there.
+            marks: as for :meth:`look_up`.
         """
         total = len(dataset)  # type: ignore[arg-type]
         known = [Known()] * total if known is None else known
@@ -120,7 +130,7 @@ class FixedFeatures:
                     rows[i], labels[i] = row, label
                 done += len(batch)
                 if done - written >= PACK_ROWS or done == len(missing):
-                    self._keep(dataset, known, rows, missing[written:done])
+                    self._keep(dataset, known, rows, missing[written:done], marks)
                     written = done
                 bar.update(len(batch))
         return torch.stack([row for row in rows if row is not None]), torch.tensor(labels)
@@ -131,12 +141,18 @@ class FixedFeatures:
         return self.model.vision_tower.alone(filled)[: len(images)]
 
     def _keep(
-        self, dataset: Any, known: Sequence[Known], rows: Sequence[Tensor | None], indices: Sequence[int]
+        self,
+        dataset: Any,
+        known: Sequence[Known],
+        rows: Sequence[Tensor | None],
+        indices: Sequence[int],
+        marks: Sequence[str] | None,
     ) -> None:
         if self.section is None:
             return
         # a file that was changed between its digest and its decoding has another feature
-        now = _digests([dataset.items[i].path for i in indices])
+        paths = [dataset.items[i].path for i in indices]
+        now = _digests(paths, None if marks is None else [marks[i] for i in indices])
         kept = {
             digest: row
             for i, digest in zip(indices, now, strict=True)
@@ -227,14 +243,80 @@ class FeatureDataset(ImageDataset):
         return self._found
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        rows, _ = self.tensors()
-        return rows[index], self.items[index].label
+        rows, labels = self.tensors()
+        return rows[index], int(labels[index])
+
+
+class _Views(Dataset[tuple[Tensor, int]]):
+    """Every view of every image, view by view: item v N + i is view v of image i."""
+
+    def __init__(self, images: AugmentedDataset) -> None:
+        assert images.views is not None
+        self.images, self.items = images, list(images.base.items) * images.views
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[divmod(index, len(self.images))]
+
+
+class ViewFeatures(FeatureDataset):
+    """The features of all views of images, (K N, e), view by view.
+
+    Args:
+        images: with a fixed number of views.
+        source: computes their features.
+        how: what a view's pixels hang on, beside the image and the view's number.
+    """
+
+    def __init__(self, images: AugmentedDataset, source: FixedFeatures, how: dict[str, Any]) -> None:
+        views = _Views(images)
+        self.marks = [
+            json.dumps({"view": i // len(images), "of": item.key, **how}, sort_keys=True)
+            for i, item in enumerate(views.items)
+        ]
+        known = source.look_up([item.path for item in views.items], self.marks)
+        super().__init__(images.base, source, known)
+        self._views: _Views | None = views
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Features (K N, e), not normalised, and labels (K N,)."""
+        if self._found is None:
+            assert self._source is not None
+            assert self._from is not None
+            assert self._views is not None
+            self._found = self._source.compute(self._views, self._from[1], self.marks)
+            self._source = self._from = self._views = None
+        return self._found
+
+
+class FeatureViews(AugmentedDataset):
+    """The features of images' views, gone through epoch by epoch.
+
+    Args:
+        images: with a fixed number of views.
+        source: computes their features.
+        how: see :class:`ViewFeatures`.
+    """
+
+    def __init__(self, images: AugmentedDataset, source: FixedFeatures, how: dict[str, Any]) -> None:
+        super().__init__(ViewFeatures(images, source, how), None, images.seed, images.views)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        assert self.views is not None
+        return self.base[epoch % self.views * len(self.base) + index]
 
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _digests(paths: Sequence[Path | ShardImage]) -> list[bytes | None]:
+def _digests(paths: Sequence[Path | ShardImage], marks: Sequence[str] | None = None) -> list[bytes | None]:
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(digest_file, paths))
+        found = list(pool.map(digest_file, paths))
+    if marks is None:
+        return found
+    pairs = zip(found, marks, strict=True)
+    return [None if digest is None else hashlib.sha256(digest + mark.encode()).digest() for digest, mark in pairs]

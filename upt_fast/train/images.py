@@ -27,7 +27,7 @@ from upt_fast.data.sources import ShardImage
 from upt_fast.data.transforms import build_augmentation, build_eval_transform, image_size
 from upt_fast.train.checkpoint import read_json
 from upt_fast.train.config import TrainConfig
-from upt_fast.train.features import FeatureDataset, FixedFeatures
+from upt_fast.train.features import FeatureDataset, FeatureViews, FixedFeatures
 
 logger = logging.getLogger("upt_fast")
 
@@ -194,14 +194,22 @@ class RunImages(KeptImages):
         return other
 
     def training(self, items: Sequence[ImageItem]) -> tuple[AugmentedDataset, list[str]]:
-        """The training images, and why some of them cannot be read."""
+        """The training images, or the features of their views, and why some of them cannot be read."""
+        images, failures = self._augmented(items)
+        if self.config.views is None or self.fixed is None:
+            return images, failures
+        shorter = None if self.kind == "exact" else self.shorter
+        how = {"augment": self.config.augment, "decoders": decoders(), "shorter": shorter}
+        return FeatureViews(images, self.fixed, how), failures
+
+    def _augmented(self, items: Sequence[ImageItem]) -> tuple[AugmentedDataset, list[str]]:
         load, transform = build_augmentation(self.preprocess_cfg, self.config.augment)
         if transform is None:
             base, failures = self.evaluation("training", items)
             return AugmentedDataset(base, transform, self.config.seed), failures
         if self.kind == "exact":
             base, failures = self._keep("training", items, load)
-            return AugmentedDataset(base, transform, self.config.seed), failures
+            return AugmentedDataset(base, transform, self.config.seed, self.config.views), failures
         decode = functools.partial(read_scaled, shorter=self.shorter)
         if self.kind == "stream":
             paths = [item.path for item in items]
@@ -215,5 +223,6 @@ class RunImages(KeptImages):
             self.config.augment,
             self.config.seed,
             on_device=self.device.type != "cpu",
+            views=self.config.views,
         )
         return augmented, failures

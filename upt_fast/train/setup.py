@@ -216,6 +216,11 @@ def has_fixed_features(config: TrainConfig, model: FastPromptedCLIP) -> bool:
         return config.max_memory is None and model.images_are_fixed
 
 
+def trains_on_features(config: TrainConfig, model: FastPromptedCLIP) -> bool:
+    """Whether steps take image features: of images as they are, or of a fixed number of views."""
+    return (config.augment == "none" or config.views is not None) and has_fixed_features(config, model)
+
+
 def fixed_features(
     config: TrainConfig, model: FastPromptedCLIP, shared: dict[Any, FixedFeatures] | None = None
 ) -> FixedFeatures | None:
