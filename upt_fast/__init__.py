@@ -10,6 +10,7 @@ from upt_fast.version import __version__
 
 if TYPE_CHECKING:
     from upt_fast.clip import UnsupportedModelError
+    from upt_fast.distributed import DistributedStep
     from upt_fast.methods import MethodConfig, list_methods, register_method
     from upt_fast.methods.upt import UPTConfig
     from upt_fast.model import FastPromptedCLIP, FastUPT
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from upt_fast.tasks.joint import MultiTask
 
 __all__ = [
+    "DistributedStep",
     "FastPromptedCLIP",
     "FastUPT",
     "MethodConfig",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DistributedStep": "upt_fast.distributed",
     "FastPromptedCLIP": "upt_fast.model",
     "FastUPT": "upt_fast.model",
     "MethodConfig": "upt_fast.methods",

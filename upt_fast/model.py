@@ -260,11 +260,15 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         logits: Tensor,
         at_once: int | None = None,
         image_features: Tensor | None = None,
+        fixed_images: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """What the method adds to the loss: (); its images without prompts run at_once images at once."""
+        """What the method adds to the loss: (); its images without prompts run at_once images at once.
+
+        Where it is given, fixed_images computes these images' features.
+        """
         scalars = self.logit_scale.dtype
 
-        def fixed_images() -> Tensor:
+        def of_these_images() -> Tensor:
             with torch.no_grad():
                 if images is None:
                     return self._image_features(images, image_features, Prompts()).to(scalars)
@@ -276,7 +280,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
             texts=None if texts is None else texts.to(scalars),
             logits=logits,
             labels=labels,
-            fixed_images=fixed_images,
+            fixed_images=of_these_images if fixed_images is None else fixed_images,
             fixed_texts=lambda templates: self.fixed_text_features(templates).to(scalars),
         )
         assert self._loss_terms is not None

@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -32,9 +33,13 @@ from upt_fast.cli import (
     train_tasks,
     verify,
 )
-from upt_fast.cli.messages import EXIT_INTERRUPTED, FULL, KEPT, Messages, failure, interrupted, say
+from upt_fast.cli.messages import EXIT_INTERRUPTED, FULL, KEPT, Messages, failure, interrupted, say, speaks
+from upt_fast.common import processes
 from upt_fast.methods import MAIN_METHOD, Method, find_method
 from upt_fast.train.options import flag, read_train_arguments
+
+# for how long a process that says nothing waits for the one that does: launchers end all as soon as one has ended
+QUIET_SECONDS = 10
 
 # each with HELP, add_options(parser) and run(options); train's options are those of a method too, and train --tasks
 # is train_tasks.py
@@ -79,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if debug:
             raise
+        if not speaks(interrupt):
+            return EXIT_INTERRUPTED
         return say(f"interrupted; {interrupt}" if str(interrupt) else interrupted(out), EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,8 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = failure(error, COMMANDS)
         if debug or found is None:
             raise
+        if not speaks(error):
+            time.sleep(QUIET_SECONDS)
+            return found[1]
+        place = f"process {processes.rank()}: " if processes.rank() else ""
         full = isinstance(error, OSError) and error.errno in FULL and arguments[:1] == ["train"]
-        return say(f"error: {found[0]}{KEPT if full else ''}", found[1])
+        return say(f"error: {place}{found[0]}{KEPT if full else ''}", found[1])
+    finally:
+        if group := sys.modules.get("upt_fast.distributed.group"):
+            group.leave()
 
 
 def _commands(arguments: list[str]) -> dict[str, ModuleType]:

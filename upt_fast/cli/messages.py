@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from upt_fast.common import processes
 from upt_fast.train.options import option_error
 
 EXIT_FAILED = 1  # the run went wrong: the loss diverged, memory ran out, or the disk
@@ -34,7 +35,19 @@ def interrupted(out: str | None) -> str:
     if out is None or not (Path(out) / "config.json").is_file():
         return "interrupted"
     config = shlex.quote(str(Path(out) / "config.json"))
-    return f"interrupted; continue with: upt-fast train --config {config} --resume"
+    command = "upt-fast" if processes.count() == 1 else f"{processes.launcher()} -m upt_fast"
+    return f"interrupted; continue with: {command} train --config {config} --resume"
+
+
+def speaks(error: BaseException) -> bool:
+    """Whether this process tells of an error; of several processes the first does, unless another alone knows of it."""
+    if processes.rank() == 0:
+        return True
+    if isinstance(error, (processes.OtherProcessError, KeyboardInterrupt)):
+        return False
+    torch = sys.modules.get("torch")
+    joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return joined and type(error).__name__ != "TrainingDivergedError"
 
 
 def failure(error: Exception, commands: Iterable[str]) -> tuple[str, int] | None:
@@ -50,6 +63,8 @@ def failure(error: Exception, commands: Iterable[str]) -> tuple[str, int] | None
         return f"{error.strerror or message}{where}", EXIT_FAILED if error.errno in FULL else EXIT_USAGE
     if isinstance(error, ValueError):
         return message, EXIT_USAGE
+    if isinstance(error, processes.OtherProcessError):
+        return message, error.code
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return "out of GPU memory; try --memory balanced or lean, or a smaller --batch-size", EXIT_FAILED
@@ -108,11 +123,14 @@ class Messages(logging.Handler):
             logging.getLogger(name).setLevel(level)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if processes.rank() > 0 and record.levelno < logging.ERROR:
+            return
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         self._write(prefix + record.getMessage())
 
     def _warning(self, message: Warning | str, *_: object, **__: object) -> None:
-        self._write(f"warning: {' '.join(str(message).split())}")
+        if processes.rank() == 0:
+            self._write(f"warning: {' '.join(str(message).split())}")
 
     def _write(self, line: str) -> None:
         from tqdm import tqdm

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from upt_fast.common import processes
 from upt_fast.methods import Method
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.options import add_run_options
@@ -38,5 +39,6 @@ def run(options: Namespace) -> int:
     results = train(config)
     test, where = results["test"], Path(config.out) / "results.json"
     accuracy = "no test images" if test is None else f"accuracy {100 * test['accuracy']:.2f} %"
-    print(f"{accuracy}  results in {where}")
+    if processes.rank() == 0:
+        print(f"{accuracy}  results in {where}")
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from upt_fast.cli.messages import EXIT_FAILED
+from upt_fast.common import processes
 from upt_fast.common.sizes import parse_bytes
 from upt_fast.tasks.grid import Task, read_tasks
 
@@ -59,6 +60,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Train the tasks, and print a line for each."""
+    if processes.count() > 1:
+        raise ValueError(
+            f"--tasks on {processes.count()} processes of torchrun or accelerate launch; wanted one process: such "
+            "share one large run, and many runs are Ray's to spread"
+        )
     tasks = read_tasks(options.tasks, options.out)  # before torch, so that a bad value is told at once
     out = tasks[0].out
     max_memory = None if options.max_memory is None else parse_bytes("max_memory", options.max_memory)

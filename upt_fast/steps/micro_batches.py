@@ -78,12 +78,12 @@ class StepInParts:
             the loss () and the logits (B, C), without gradients.
         """
         run = self._by_image if self.model.texts_by_image else self._shared_texts
-        return run(images, labels, loss, _unscaled if scale is None else scale)
+        return run(images, labels, loss, unscaled if scale is None else scale)
 
     def _shared_texts(self, images: Tensor, labels: Tensor, loss: Loss, scale: Scale) -> tuple[Tensor, Tensor]:
         model, scalars = self.model, self.model.logit_scale.dtype
         made = model._prompts()
-        text, visual = _leaf(made.text), _leaf(made.visual)
+        text, visual = cut_off(made.text), cut_off(made.visual)
         texts = _Texts(self, text)
         batch = groups.bounds(len(images), self.parts.images or len(images))
 
@@ -106,7 +106,7 @@ class StepInParts:
         else:
             with torch.set_grad_enabled(len(batch) == 1):
                 features = torch.cat([encode(part) for part in batch])
-            leaf = features.detach().to(scalars).requires_grad_(_trained(visual))
+            leaf = features.detach().to(scalars).requires_grad_(is_trained(visual))
             logits = logits_of(leaf.to(features.dtype))
             value = loss(logits, labels)
             if model._loss_terms is not None:
@@ -115,12 +115,12 @@ class StepInParts:
             scale(value).backward()
             total, found = value.detach(), logits.detach()
             if leaf.grad is not None:
-                self._backward(batch, encode, features, [leaf.grad[slice(*part)] for part in batch])
+                backward_parts(batch, encode, features, [leaf.grad[slice(*part)] for part in batch])
             del features, logits, value
         if len(texts.groups) > 1:
             model.vision_tower.blocks.release()
         texts.backward()
-        _through([(made.text, text), (made.visual, visual)])
+        through_learner([(made.text, text), (made.visual, visual)])
         return total, found
 
     def _by_image(self, images: Tensor, labels: Tensor, loss: Loss, scale: Scale) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class StepInParts:
             model.vision_tower.blocks.release()
         made = model.prompt_learner(features).text
         assert made is not None
-        text = _leaf(made)
+        text = cut_off(made)
         assert text is not None
         own = [text[slice(*part)].detach().requires_grad_(text.requires_grad) for part in batch]
         classes = self.class_groups()
@@ -167,11 +167,11 @@ class StepInParts:
             scale(value).backward()
             assert leaf.grad is not None
             grads = [leaf.grad[slice(*batch[i]), group.first : group.end] for i, group in places]
-            self._backward(places, logits_of, blocks[0], grads)
+            backward_parts(places, logits_of, blocks[0], grads)
             total, found = value.detach(), logits.detach()
         if text.requires_grad:
             text.grad = torch.cat([part.grad for part in own if part.grad is not None])
-        _through([(made, text)])
+        through_learner([(made, text)])
         return total, found
 
     def _added_terms(
@@ -190,15 +190,6 @@ class StepInParts:
             found = groups.split(packed, min(limit or size, size), self.model.text_tower.route.with_places)
             self._groups = packed.rows, found
         return self._groups[1]
-
-    @staticmethod
-    def _backward(places: list, run: Callable[..., Tensor], kept: Tensor | None, grads: list[Tensor]) -> None:
-        """Of each part: what there is of one is kept, those of several run anew."""
-        for place, grad in zip(places, grads, strict=True):
-            with torch.enable_grad():
-                out = kept if len(places) == 1 and kept is not None else run(place)
-            if out.requires_grad:
-                out.backward(grad.to(out.dtype))
 
 
 class _Texts:
@@ -221,7 +212,7 @@ class _Texts:
         else:
             model.text_tower.blocks.release()
         self.leaf = groups.in_given_order(features, model._classes).detach().to(scalars)
-        self.leaf.requires_grad_(_trained(text))
+        self.leaf.requires_grad_(is_trained(text))
 
     def _encode(self, group: groups.ClassGroup) -> Tensor:
         return self.model.text_tower(self.model._class_prompts(self.text), group.packed)
@@ -233,7 +224,7 @@ class _Texts:
         packed = self.model._classes
         grad = torch.zeros_like(self.leaf).index_copy_(0, packed.inverse, self.leaf.grad)  # in packed order
         grads = [grad[group.first : group.end] for group in self.groups]
-        StepInParts._backward(self.groups, self._encode, self.kept, grads)
+        backward_parts(self.groups, self._encode, self.kept, grads)
         if len(self.groups) > 1:
             self.model.text_tower.blocks.release()
 
@@ -245,20 +236,29 @@ def _features(model: FastPromptedCLIP, images: Tensor, prompts: Prompts) -> Tens
     return model._encode_image(images, prompts)
 
 
-def _unscaled(loss: Tensor) -> Tensor:
+def backward_parts(places: list, run: Callable[..., Tensor], kept: Tensor | None, grads: list[Tensor]) -> None:
+    """Backward of each part: what there is of one is kept, those of several run anew."""
+    for place, grad in zip(places, grads, strict=True):
+        with torch.enable_grad():
+            out = kept if len(places) == 1 and kept is not None else run(place)
+        if out.requires_grad:
+            out.backward(grad.to(out.dtype))
+
+
+def unscaled(loss: Tensor) -> Tensor:
     return loss
 
 
-def _trained(prompts: Tensor | None) -> bool:
+def is_trained(prompts: Tensor | None) -> bool:
     return prompts is not None and prompts.requires_grad
 
 
-def _leaf(prompts: Tensor | None) -> Tensor | None:
+def cut_off(prompts: Tensor | None) -> Tensor | None:
     """The same prompts, cut from the learner's graph."""
     return None if prompts is None else prompts.detach().requires_grad_(prompts.requires_grad)
 
 
-def _through(made: list[tuple[Tensor | None, Tensor | None]]) -> None:
+def through_learner(made: list[tuple[Tensor | None, Tensor | None]]) -> None:
     """Backward through the learner: what it made, each with its leaf, whose gradient is there."""
     found = [(out, leaf.grad) for out, leaf in made if out is not None and leaf is not None and leaf.grad is not None]
     if found:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from upt_fast.common.checks import require_int
 from upt_fast.data.images import ImageDecodeError, corrupt_message, read_rgb
 from upt_fast.data.sources import Source
 from upt_fast.data.transforms import build_eval_transform, build_normalize
+from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.train.batches import device_of, eval_mode, to_device
 from upt_fast.train.features import FeatureDataset, FixedFeatures
 from upt_fast.train.metrics import Answers, Evaluation
@@ -38,6 +39,7 @@ def evaluate(
     description: str = "evaluating",
     progress: bool = True,
     classnames: Sequence[str] | None = None,
+    group: Group = ONE_PROCESS,
 ) -> Evaluation:
     """Evaluate a model; its training mode is kept.
 
@@ -49,39 +51,55 @@ def evaluate(
         description: of the progress bar.
         progress: whether to show it.
         classnames: what to call the classes, in the model's order; None: as the model does.
+        group: processes that share the work by whole batches, so that the result has the bits of one process.
     Raises:
         ValueError: the dataset is empty.
     """
     num_images = len(dataset)  # type: ignore[arg-type]
     if num_images == 0:
         raise ValueError("the dataset has 0 images; wanted at least 1 to evaluate on")
+    count = -(-num_images // batch_size)
+    ends = [min(sum(group.sizes(count)[: i + 1]) * batch_size, num_images) for i in range(group.size)]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    own = range(ends[group.rank] - sizes[group.rank], ends[group.rank])
     names = model.classnames if classnames is None else classnames
     answers = Answers(len(names))
     with (
         eval_mode(model),
-        tqdm(total=num_images, desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
+        tqdm(total=len(own), desc=description, unit="image", disable=None if progress else True, leave=False) as bar,
     ):
-        for logits, target in _logits(model, dataset, batch_size, num_workers, progress):
+        for logits, target in _logits(model, dataset, batch_size, num_workers, progress, own, group):
             answers.add(logits, target)
             bar.update(len(target))
-    return answers.evaluation(names)
+    answers.gather(group, sizes, device_of(model))
+    return group.by_first(lambda: answers.evaluation(names))
 
 
 def _logits(
-    model: Any, dataset: Dataset[tuple[Tensor, int]], batch_size: int, num_workers: int, progress: bool
+    model: Any,
+    dataset: Dataset[tuple[Tensor, int]],
+    batch_size: int,
+    num_workers: int,
+    progress: bool,
+    own: range,
+    group: Group,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, C) and labels (B,) of the batches of a dataset; through its features where no prompt changes them."""
+    """Logits (B, C) and labels (B,) of the batches of own images; through features where no prompt changes them."""
     device = device_of(model)
     if isinstance(dataset, FeatureDataset) or getattr(model, "images_are_fixed", False):
         if isinstance(dataset, FeatureDataset):
             rows, labels = dataset.tensors()
         else:
-            rows, labels = FixedFeatures(model, batch_size, num_workers, progress=progress).compute(dataset)
+            source = FixedFeatures(model, batch_size, num_workers, progress=progress, group=group)
+            rows, labels = source.compute(dataset)
+        if not own:
+            return
+        rows, labels = rows[own.start : own.stop], labels[own.start : own.stop]
         for features, target in zip(rows.split(batch_size), labels.split(batch_size), strict=True):
             yield model(image_features=features.to(device)), target.to(device)
         return
-    loader = DataLoader(
-        dataset,
+    loader: DataLoader[Any] = DataLoader(
+        dataset if group.size == 1 else Subset[Any](dataset, own),
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

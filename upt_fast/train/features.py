@@ -29,6 +29,7 @@ from upt_fast.data.feature_store import FeatureStore, Section
 from upt_fast.data.images import digest_file
 from upt_fast.data.sources import ShardImage
 from upt_fast.data.transforms import build_eval_transform, build_normalize, image_size
+from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.batches import device_of, eval_mode, to_device
@@ -58,6 +59,7 @@ class FixedFeatures:
         num_workers: processes that load images.
         store: keeps the features; None: they are computed.
         progress: whether to show a progress bar.
+        group: the processes of a run, each of which computes its share.
     """
 
     def __init__(
@@ -67,8 +69,9 @@ class FixedFeatures:
         num_workers: int = 0,
         store: FeatureStore | None = None,
         progress: bool = True,
+        group: Group = ONE_PROCESS,
     ) -> None:
-        self.model, self.num_workers, self.progress = model, num_workers, progress
+        self.model, self.num_workers, self.progress, self.group = model, num_workers, progress, group
         self.device = device_of(model)
         most = MOST_IMAGES
         if self.device.type == "cpu":
@@ -108,7 +111,9 @@ class FixedFeatures:
         """
         total = len(dataset)  # type: ignore[arg-type]
         known = [Known()] * total if known is None else known
-        missing = [i for i, entry in enumerate(known) if entry.row is None]
+        everywhere = self.group.objects([i for i, entry in enumerate(known) if entry.row is None])
+        lacking = sorted(set().union(*everywhere))  # another process may have found less in the store
+        missing = lacking[self.group.share(len(lacking))]
         rows: list[Tensor | None] = [entry.row for entry in known]
         labels = [dataset.items[i].label if rows[i] is not None else 0 for i in range(total)]  # type: ignore[attr-defined]
         loader: DataLoader[Any] = DataLoader(
@@ -133,7 +138,21 @@ class FixedFeatures:
                     self._keep(dataset, known, rows, missing[written:done], marks)
                     written = done
                 bar.update(len(batch))
+        if self.group.size > 1:
+            self._exchange(rows, labels, lacking, missing)
         return torch.stack([row for row in rows if row is not None]), torch.tensor(labels)
+
+    def _exchange(
+        self, rows: list[Tensor | None], labels: list[int], lacking: Sequence[int], own: Sequence[int]
+    ) -> None:
+        """Put in what the other processes have computed."""
+        sizes, tower = self.group.sizes(len(lacking)), self.model.vision_tower
+        none = torch.zeros(0, self.model.embed_dim, dtype=tower.class_row.dtype)
+        mine = [row[None] for i in own if (row := rows[i]) is not None]
+        found = self.group.gather(torch.cat([none, *mine]), sizes)
+        theirs = self.group.gather(torch.tensor([labels[i] for i in own], dtype=torch.int64), sizes)
+        for i, row, label in zip(lacking, found, theirs.tolist(), strict=True):
+            rows[i], labels[i] = row, label
 
     def _alone(self, images: Tensor) -> Tensor:
         """(B, e) of at most a batch of images, which is filled up to a whole one."""

@@ -12,6 +12,7 @@ import torch
 
 import upt_fast
 from upt_fast.data.feature_store import open_store
+from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
 from upt_fast.train.averaging import AVERAGE, WeightAverage, write_average
@@ -57,6 +58,7 @@ def finish(
     data: RunData,
     plan: MemoryPlan | None,
     average: WeightAverage | None = None,
+    group: Group = ONE_PROCESS,
 ) -> dict[str, Any]:
     """Evaluate on the test images, if there are any, and write results.json.
 
@@ -68,15 +70,17 @@ def finish(
         data: the run's images.
         plan: how its passes stay below a limit of memory; None: no limit.
         average: of the weights, which is saved as a model of its own; None: there is none.
+        group: the processes of the run, which share the work; the first one writes.
     Returns:
         What the file holds.
     """
     epochs = {"last": state.epoch, "best": state.best_epoch}
     if average is not None:
-        write_average(out, model, average, data.classes.to_dict())
+        averaged = average
+        group.by_first(lambda: write_average(out, model, averaged, data.classes.to_dict()))
         epochs[AVERAGE] = state.epoch
     final = config.final_model if config.final_model in epochs else "last"  # nothing to train has no average
-    tests = {} if data.test is None else dict(_evaluations(config, out, model, epochs, data, plan))
+    tests = {} if data.test is None else dict(_evaluations(config, out, model, epochs, data, plan, group))
     test = tests.get(final)
     device = device_of(model)
     results: dict[str, Any] = {
@@ -99,13 +103,18 @@ def finish(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "processes": group.size,
         },
     }
     if plan is not None:
         results["memory_plan"] = plan._asdict()
-    if test is not None and test.confusion is not None:
-        write_confusion(out / CONFUSION_FILE, test)
-    write_json(out / RESULTS_FILE, results)
+
+    def write() -> None:
+        if test is not None and test.confusion is not None:
+            write_confusion(out / CONFUSION_FILE, test)
+        write_json(out / RESULTS_FILE, results)
+
+    group.by_first(write)
     if test is not None:
         logger.info(
             "test accuracy %.2f %%, mean over classes %.2f %% (%d images, %s model, epoch %d)",
@@ -125,12 +134,14 @@ def _evaluations(
     epochs: dict[str, int],
     data: RunData,
     plan: MemoryPlan | None,
+    group: Group,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Each set of weights with its evaluation; those that are the same are evaluated once."""
     assert data.test is not None
     device = device_of(model)
-    workers, size = count_workers(config.num_workers, device), evaluation_batch(config, plan)
-    last = evaluate(model, data.test, size, workers, description="testing", progress=config.progress)
+    how = evaluation_batch(config, plan), count_workers(config.num_workers, device)
+    options: dict[str, Any] = {"progress": config.progress, "group": group}
+    last = evaluate(model, data.test, *how, "testing", **options)
     yield "last", last
     for name in epochs:
         if name == "last":
@@ -138,11 +149,12 @@ def _evaluations(
         if name == "best" and epochs["best"] == epochs["last"]:
             yield name, last
             continue
-        other = load_model(config, out / name, device, model)
+        folder = out / name
+        other = group.agreed(lambda folder=folder: load_model(config, folder, device, model))  # type: ignore[misc]
         keep_texts(other, open_store(config.feature_store, config.feature_store_gib))
         if plan is not None:
             other.follow_plan(plan)
-        yield name, evaluate(other, data.test, size, workers, description=f"testing {name}", progress=config.progress)
+        yield name, evaluate(other, data.test, *how, f"testing {name}", **options)
 
 
 def _describe_best(state: TrainingState, data: RunData) -> dict[str, Any]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upt_fast.common import processes
 from upt_fast.data.duplicates import Duplicates, find_duplicates
 from upt_fast.data.feature_store import open_store
 from upt_fast.data.folder import list_folders, scan_folder
 from upt_fast.data.listing import FolderListing
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
+from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.engine.cpu import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
@@ -48,12 +51,14 @@ from upt_fast.train.setup import (
     build_model,
     check_out,
     describe_split,
+    digest,
     load_data,
     log_duplicates,
     log_links,
     plan_steps,
     resolve_device,
 )
+from upt_fast.train.shared import first_speaks, join_processes, resumed_if_restarted
 from upt_fast.train.test_data import with_test_data
 from upt_fast.train.texts import keep_texts
 from upt_fast.train.trainer import Trainer
@@ -72,13 +77,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: bad data, model or option; config.out holds a run already, or with resume none or a different one.
         TrainingDivergedError: the loss or a parameter is NaN or infinite; the last checkpoint is good.
+        OtherProcessError: where a run is on several processes, something is wrong on another one.
     """
-    config = with_cache(config, Path(config.out) / CONFIG_FILE)
-    if (results := finished(config)) is not None:
+    group = join_processes(config)
+    with first_speaks(group):
+        return _train(config, group)
+
+
+def _train(config: TrainConfig, group: Group) -> dict[str, Any]:
+    restarts = max(group.objects(processes.restarts()))
+
+    def settled() -> TrainConfig:
+        return with_cache(resumed_if_restarted(config, restarts), Path(config.out) / CONFIG_FILE)
+
+    config = group.by_first(settled)
+    if (results := group.by_first(lambda: finished(config))) is not None:
         return results
-    run = Run.prepare(config)
+    run = group.by_first(lambda: Run.prepare(config))
+    run.group = group
+    if not group.first:
+        run.config = config = config.changed(progress=False)
+    device = resolve_device(config.device) if group.size == 1 else group.device
     with run.opened():
-        run.begin(build_model(config, run.listing.classnames, run.out, resolve_device(config.device)))
+        run.begin(group.agreed(lambda: build_model(config, run.listing.classnames, run.out, device)))
         run.describe()
         if run.trainer is not None:
             run.trainer.fit()
@@ -113,6 +134,7 @@ class Run:
         split: the images of the run.
         duplicates: images that are there twice.
         broken: what to say of the links of test_data that lead nowhere.
+        group: the processes that it is on; the first one writes.
     """
 
     config: TrainConfig
@@ -121,6 +143,7 @@ class Run:
     split: FewShotSplit
     duplicates: Duplicates
     broken: tuple[str, ...] = ()
+    group: Group = ONE_PROCESS
     plan: MemoryPlan | None = None  # None: no limit
     log: WandbLog | None = None
     trainer: Trainer | None = None  # None before it is begun, and where there is nothing to train
@@ -164,12 +187,11 @@ class Run:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """The folder, locked against other processes; it goes again if nothing was begun in it."""
-        made = not self.out.exists()
-        self.out.mkdir(parents=True, exist_ok=True)
+        made = self.group.first and not self.out.exists()
         try:
-            with locked(self.out):
-                if is_run(self.out) and (self.out / CHOICES_FILE).is_file():  # older runs have none
-                    choices.restore(read_json(self.out / CHOICES_FILE))
+            with contextlib.ExitStack() as stack:
+                self.group.by_first(lambda: self._lock(stack))
+                self.group.agreed(self._look)
                 yield
         finally:
             if self.log is not None:
@@ -179,6 +201,28 @@ class Run:
                     (self.out / LOCK_FILE).unlink(missing_ok=True)
                     self.out.rmdir()
 
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(self.out))
+
+    def _look(self) -> None:
+        """Take over what the folder says of a run that is resumed."""
+        if not self.out.is_dir():
+            raise ValueError(
+                f"out={str(self.out)!r} is not there on {platform.node()}; wanted a folder that all hosts share"
+            )
+        if not is_run(self.out) or not (self.out / CHOICES_FILE).is_file():  # older runs have none
+            return
+        recorded = read_json(self.out / CHOICES_FILE)
+        choices.restore(recorded)
+        if (before := recorded.get("processes", 1)) != self.group.size:
+            logger.warning(
+                "this run began on %s process(es) and goes on on %d: from here on its numbers may differ in the last "
+                "bits from those that it would have had",
+                before,
+                self.group.size,
+            )
+
     def begin(self, model: FastPromptedCLIP, beside: int = 1, features: dict[Any, FixedFeatures] | None = None) -> None:
         """Decode the images, write the settings down, and make the trainer.
 
@@ -187,17 +231,44 @@ class Run:
             beside: runs that are trained at once, this one with them: each has its share of loader processes.
             features: shared with other runs on the model's CLIP; see :func:`fixed_features`.
         """
-        config, out = self.config, self.out
-        self.model, self.plan = model, plan_steps(config, model)
+        config, out, group = self.config, self.out, self.group
+        self.model = model
+        self.data = data = group.agreed(lambda: self._load(features))
+        described = describe_split(data)
+        everywhere = group.objects(digest(described))
+        group.by_first(lambda: self._write_down(described, everywhere))
+        if any(True for _ in model.parameters()):
+            self.trainer = Trainer(config, out, model, data, self.plan, beside, group)
+        if config.wandb is not None and group.first:
+            self.log = WandbLog(config, out)
+        if self.trainer is not None:
+            self.trainer.log = self.log
+
+    def _load(self, features: dict[Any, FixedFeatures] | None) -> RunData:
+        config, model = self.config, self.model
+        self.plan = plan_steps(config, model, self.group)
         keep_texts(model, open_store(config.feature_store, config.feature_store_gib))
         found = self.listing, self.split, self.duplicates
-        self.data = data = load_data(config, model, *found, features, self.broken)
+        data = load_data(config, model, *found, features, self.broken, self.group)
         if config.patience is not None and data.val is None:
             raise ValueError(
                 f"patience={config.patience} wants validation images, and {config.data} has none: add a val folder "
                 "with class folders, or leave patience out"
             )
-        described = describe_split(data)
+        return data
+
+    def _started(self) -> dict[str, Any]:
+        name = processes.started_as()
+        return {"processes": self.group.size} | ({} if name is None else {"started_as": name})
+
+    def _write_down(self, described: dict[str, Any], everywhere: list[str]) -> None:
+        """Write the settings and the images of a run, or compare them with those that are there."""
+        config, out = self.config, self.out
+        if differ := [str(place) for place, theirs in enumerate(everywhere) if theirs != everywhere[0]]:
+            raise ValueError(
+                f"process {', '.join(differ)} can read other images of {config.data} than process 0; wanted the same "
+                "images on all hosts"
+            )
         if is_run(out):
             recorded = read_json(out / SPLIT_FILE)
             written = [key for key in described if key in recorded or key not in LATER_KEYS]
@@ -208,14 +279,8 @@ class Run:
                 )
         else:
             write_json(out / SPLIT_FILE, described)
-            write_json(out / CHOICES_FILE, choices.record())
+            write_json(out / CHOICES_FILE, choices.record() | self._started())
             write_json(out / CONFIG_FILE, {**config.to_dict(), "resume": False})
-        if any(True for _ in model.parameters()):
-            self.trainer = Trainer(config, out, model, data, self.plan, beside)
-        if config.wandb is not None:
-            self.log = WandbLog(config, out)
-        if self.trainer is not None:
-            self.trainer.log = self.log
 
     def describe(self) -> None:
         """Say what is going to be trained."""
@@ -234,12 +299,16 @@ class Run:
             f"{len(data.val)} for validation" if data.val else "none for validation",
             self._tested(),
         )
+        share = max(self.group.sizes(config.step_size))
+        at_once = min(share, config.batch_size)
+        if self.group.size > 1:
+            logger.info("%d processes: %d of %d images of a step each", self.group.size, share, config.step_size)
         if self.plan is None:
             logger.info(
                 "a step of %d images%s needs about %.2f GiB beside the weights",
-                config.step_size,
-                f", {config.batch_size} at once," if config.accumulate > 1 else "",
-                self.model.predict_peak_memory(config.batch_size, trainer.from_features) / GIB,
+                share,
+                f", {at_once} at once," if at_once < share else "",
+                self.model.predict_peak_memory(at_once, trainer.from_features) / GIB,
             )
 
     def _tested(self) -> str:
@@ -248,9 +317,12 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Evaluate on the test images and write the results."""
         trainer = self.trainer
-        state = _save_untrained(self.out, self.model, self.data) if trainer is None else trainer.state
+        if trainer is None:
+            state = self.group.by_first(lambda: _save_untrained(self.out, self.model, self.data))
+        else:
+            state = trainer.state
         average = None if trainer is None else trainer.average
-        results = finish(self.config, self.out, self.model, state, self.data, self.plan, average)
+        results = finish(self.config, self.out, self.model, state, self.data, self.plan, average, self.group)
         if self.log is not None:
             self.log.finish(results)
         return results

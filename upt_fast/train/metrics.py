@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.common.files import write_text
+from upt_fast.distributed import Group
 
 if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassCalibrationError
@@ -103,6 +104,32 @@ class Answers:
         self.in_top.append(scores[0])
         # as probabilities: logits that all lie within [0, 1] would be taken for these
         self._calibration.update(logits.float().softmax(dim=1).clamp(max=1.0), labels)
+
+    def gather(self, group: Group, sizes: Sequence[int], device: torch.device) -> None:
+        """Take in what the other processes have collected, in their order.
+
+        Args:
+            group: the processes.
+            sizes: images of each.
+            device: of the answers.
+        """
+        if group.size == 1:
+            return
+
+        def joined(rows: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            own = [torch.zeros(0, dtype=dtype, device=device), *(row.to(dtype) for row in rows)]
+            return [group.gather(torch.cat(own), sizes)]
+
+        self.losses = joined(self.losses)
+        self.predicted, self.labels = joined(self.predicted, torch.int64), joined(self.labels, torch.int64)
+        top = torch.stack([torch.zeros((), dtype=torch.int64, device=device), *(n.long() for n in self.in_top)]).sum()
+        group.sum(top)
+        self.in_top = [top]
+        state: Any = self._calibration
+        confidences = joined([] if state is None else state.confidences)
+        accuracies = joined([] if state is None else state.accuracies)
+        if state is not None:  # the first process has images, and it measures
+            state.confidences, state.accuracies = confidences, accuracies
 
     def evaluation(self, classnames: Sequence[str]) -> Evaluation:
         """What they amount to; classnames: C names."""

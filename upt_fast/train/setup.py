@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from upt_fast.common import processes
 from upt_fast.common.messages import shorten
 from upt_fast.common.sizes import parse_bytes
 from upt_fast.data.classnames import FOLDER_NAMES
@@ -20,6 +23,7 @@ from upt_fast.data.feature_store import open_store
 from upt_fast.data.images import corrupt_message
 from upt_fast.data.listing import FolderListing, ImageItem
 from upt_fast.data.sampling import FewShotSplit
+from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.engine.workspace import keep_heap_small
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.saving import load_for
@@ -149,11 +153,15 @@ def load_model(
     )
 
 
-def plan_steps(config: TrainConfig, model: FastPromptedCLIP) -> MemoryPlan | None:
-    """How steps run where the settings limit their memory; a ValueError where nothing fits. Says it, and sets it up."""
+def plan_steps(config: TrainConfig, model: FastPromptedCLIP, group: Group = ONE_PROCESS) -> MemoryPlan | None:
+    """How steps run where the settings limit their memory; a ValueError where nothing fits. Says it, and sets it up.
+
+    Of several processes each has a limit of its own, and its images of a step.
+    """
     if config.max_memory is None:
         return None
-    plan = model.plan_memory(config.step_size, parse_bytes("max_memory", config.max_memory))
+    size = max(group.sizes(config.step_size))
+    plan = model.plan_memory(size, parse_bytes("max_memory", config.max_memory))
     model.follow_plan(plan)
     logger.info("max_memory %s: %s", config.max_memory, plan.describe())
     return plan
@@ -167,6 +175,7 @@ def load_data(
     duplicates: Duplicates,
     features: dict[Any, FixedFeatures] | None = None,
     broken: Sequence[str] = (),
+    group: Group = ONE_PROCESS,
 ) -> RunData:
     """Decode every image that the run reads, and keep what fits where the config says.
 
@@ -176,9 +185,8 @@ def load_data(
     dropped = duplicates.test_copies if config.duplicates == "drop" else ()
     if dropped:
         split = drop_test_copies(split, duplicates)
-    kept = RunImages(
-        config, preprocess_cfg(model), listing.root, device_of(model), fixed_features(config, model, features)
-    )
+    fixed = fixed_features(config, model, features, group)
+    kept = RunImages(config, preprocess_cfg(model), listing.root, device_of(model), fixed)
     unread = ("test",) if split.test_name in ("none", TEST_DATA) else ()
     failures = [reason for name, reasons in listing.broken.items() if name not in unread for reason in reasons]
     failures += broken
@@ -222,7 +230,10 @@ def trains_on_features(config: TrainConfig, model: FastPromptedCLIP) -> bool:
 
 
 def fixed_features(
-    config: TrainConfig, model: FastPromptedCLIP, shared: dict[Any, FixedFeatures] | None = None
+    config: TrainConfig,
+    model: FastPromptedCLIP,
+    shared: dict[Any, FixedFeatures] | None = None,
+    group: Group = ONE_PROCESS,
 ) -> FixedFeatures | None:
     """What computes the run's image features, where it :func:`has_fixed_features`.
 
@@ -230,6 +241,7 @@ def fixed_features(
         config: the run's.
         model: the run's.
         shared: those of other runs on the model's CLIP, by their settings: opening a store takes a trial.
+        group: the processes of the run, which share the work.
     """
     if not has_fixed_features(config, model):
         return None
@@ -238,7 +250,7 @@ def fixed_features(
     if settings not in shared:
         store = open_store(config.feature_store, config.feature_store_gib)
         workers = count_workers(config.num_workers, device_of(model))
-        shared[settings] = FixedFeatures(model, config.test_batch_size, workers, store, config.progress)
+        shared[settings] = FixedFeatures(model, config.test_batch_size, workers, store, config.progress, group)
     return shared[settings]
 
 
@@ -279,6 +291,11 @@ def describe_test(data: RunData, config: TrainConfig) -> str:
     return named.get(data.split.test_name, f"{data.split.test_name} folder") + without_copies(len(data.dropped))
 
 
+def digest(described: dict[str, Any]) -> str:
+    """Of what split.json holds."""
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def log_duplicates(found: Duplicates, drop: bool) -> None:
     """Say which images are there twice."""
     advice = {
@@ -296,10 +313,10 @@ def log_links(listing: FolderListing) -> None:
 
 
 def count_workers(asked: int | None, device: torch.device) -> int:
-    """Processes that load images: as asked, else none on a CPU and up to 8 for a GPU."""
+    """Processes that load images: as asked, else none on a CPU and up to 8 for a GPU, of the cores that are its own."""
     if asked is not None:
         return asked
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    return 0 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // processes.on_this_host()))
 
 
 def evaluation_batch(config: TrainConfig, plan: MemoryPlan | None) -> int:

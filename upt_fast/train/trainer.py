@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from upt_fast.data.dataset import EpochBatchSampler, derive_seed
 from upt_fast.data.streaming import ShardBatchSampler
 from upt_fast.data.transforms import build_normalize
+from upt_fast.distributed import ONE_PROCESS, DistributedStep, Group
 from upt_fast.engine.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
@@ -48,6 +49,7 @@ from upt_fast.train.recording import (
 )
 from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 from upt_fast.train.setup import RunData, count_workers, evaluation_batch, parts_of, preprocess_cfg
+from upt_fast.train.shared import InterruptTogether, OwnImages, with_all_labels
 from upt_fast.train.wandb_log import WandbLog
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("upt_fast")
 
-Batch = tuple[Tensor, Tensor]  # (B, 3, H, W) images, normalised, and (B,) labels, on the device
+# (B, 3, H, W) images, normalised, and (B,) labels, on the device; on several processes own images (b, 3, H, W)
+Batch = tuple[Tensor, Tensor]
 Result = tuple[Tensor, Tensor]  # the loss () and the logits (B, C) of a step, without gradients
 Steps = Generator[Batch, Result, None]
 RANDOMNESS = "random."  # before the names of generators' states
@@ -98,8 +101,9 @@ class Trainer:
         data: RunData,
         plan: MemoryPlan | None = None,
         beside: int = 1,
+        group: Group = ONE_PROCESS,
     ) -> None:
-        self.config, self.out, self.model, self.data, self.plan = config, out, model, data, plan
+        self.config, self.out, self.model, self.data, self.plan, self.group = config, out, model, data, plan, group
         self.device = device_of(model)
         self.num_workers = count_workers(config.num_workers, self.device) // beside
         self.from_features = isinstance(data.train.base, FeatureDataset)
@@ -112,7 +116,7 @@ class Trainer:
         self.log: WandbLog | None = None  # beside metrics.jsonl
         self.average = None if config.ema is None else WeightAverage(config.ema)
         self.randomness: dict[str, Tensor] = {}  # of torch's generators, inside of an epoch
-        if restored := read_checkpoint(out):
+        if restored := group.by_first(lambda: read_checkpoint(out)):
             self.state, tensors = restored
             restore_state(model, self.optimizer, tensors)
             self.randomness = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOMNESS)}
@@ -128,7 +132,7 @@ class Trainer:
         )
         self.loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             data.train,  # type: ignore[arg-type]
-            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            batch_sampler=self.sampler if group.size == 1 else OwnImages(self.sampler, group),  # type: ignore[arg-type]
             collate_fn=data.train.collate,
             num_workers=loaders,
             persistent_workers=loaders > 0,
@@ -147,6 +151,18 @@ class Trainer:
         config = self.config
         if self.done:
             return
+        per_epoch = len(self.sampler)
+        total, initial = config.epochs * per_epoch, self.state.step
+        shown = None if config.progress else True
+        bar = tqdm(total=total, initial=initial, unit="step", disable=shown, smoothing=0.05)
+        alone = self.group.size == 1
+        step = self._step() if alone else self._divided_step()
+        with InterruptBetweenSteps() if alone else InterruptTogether(self.group) as interrupt, bar:
+            drive(self.steps(bar, interrupt), step)
+
+    def _step(self) -> Callable[[Tensor, Tensor], Result]:
+        """A step of one process."""
+        config = self.config
         step = self.model.make_graphed_step(
             self.optimizer,
             config.step_size,
@@ -165,12 +181,30 @@ class Trainer:
                 logger.info("steps run %s", f"eagerly: {said}" if said else "as a CUDA graph")
             return result
 
-        per_epoch = len(self.sampler)
-        total, initial = config.epochs * per_epoch, self.state.step
-        shown = None if config.progress else True
-        bar = tqdm(total=total, initial=initial, unit="step", disable=shown, smoothing=0.05)
-        with InterruptBetweenSteps() as interrupt, bar:
-            drive(self.steps(bar, interrupt), tell)
+        return tell
+
+    def _divided_step(self) -> Callable[[Tensor, Tensor], Result]:
+        """A step of several processes, of own images and the labels of the whole batch."""
+        divided = DistributedStep(self.model, parts_of(self.config, self.model, self.plan), self.group)
+
+        def step(images: Tensor, labels: Tensor) -> Result:
+            self.optimizer.zero_grad(set_to_none=True)
+            given = (None, images) if self.from_features else (images, None)
+            sizes = self.group.sizes(len(labels))
+            result = divided.backward(given[0], labels, self.loss, image_features=given[1], sizes=sizes)
+            self.optimizer.step()
+            return result
+
+        return step
+
+    def _batches(self) -> Iterable[Batch]:
+        """The batches of an epoch on the device; on several processes own images, and the labels of the whole batch."""
+        batches = to_device(self.loader, self.normalize, self.device)
+        if self.group.size == 1:
+            return batches
+        shape = (self.model.embed_dim,) if self.from_features else (3, *self.model.vision_tower.image_size)
+        nothing = torch.zeros(0, *shape, device=self.device)
+        return with_all_labels(batches, self.sampler, self.data.train.base.items, self.group, nothing)
 
     def steps(self, bar: Any, interrupt: InterruptBetweenSteps) -> Steps:
         """The steps that are left: yields each one's batch, and is sent its result once the parameters are updated.
@@ -181,9 +215,9 @@ class Trainer:
 
         Random numbers are drawn from torch's default generators, between a batch and the next and by the learner.
         """
-        truncate_metrics(self.out, self.state.epoch)
+        self.group.by_first(lambda: truncate_metrics(self.out, self.state.epoch))
         steps = len(self.sampler)
-        writer = open_tensorboard(self.out / "tensorboard", self.state.epoch)
+        writer = open_tensorboard(self.out / "tensorboard", self.state.epoch) if self.group.first else None
         with writer or contextlib.nullcontext():
             for epoch in range(self.state.epoch, self.config.epochs):
                 started = time.perf_counter()
@@ -225,7 +259,7 @@ class Trainer:
             set_randomness(self.randomness, self.device)
         self.model.train()
         done = epoch * len(self.sampler) + self.state.within
-        for images, labels in to_device(self.loader, self.normalize, self.device):
+        for images, labels in self._batches():
             loss, logits = yield images, labels
             if self.average is not None:
                 self.average.update(self.model)
@@ -251,8 +285,12 @@ class Trainer:
         self._check_finite(step, epoch, lr)
         state = replace(self.state, epoch=epoch, step=step, within=within, sums=meter.sums)
         tensors = self._tensors() | randomness
-        write_checkpoint(self.out, self.model, tensors, state, self.data.classes.to_dict())
-        self.state = state
+
+        def write() -> TrainingState:
+            write_checkpoint(self.out, self.model, tensors, state, self.data.classes.to_dict())
+            return state
+
+        self.state = self.group.by_first(write)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the learner."""
@@ -262,7 +300,8 @@ class Trainer:
     def _validate(self) -> Evaluation:
         assert self.data.val is not None
         size, progress = evaluation_batch(self.config, self.plan), self.config.progress
-        return evaluate(self.model, self.data.val, size, self.num_workers, "validating", progress=progress)
+        workers, group = self.num_workers, self.group
+        return evaluate(self.model, self.data.val, size, workers, "validating", progress=progress, group=group)
 
     def _end_epoch(
         self, record: dict[str, Any], metric: float, steps: int, started: float, writer: SummaryWriter | None
@@ -277,9 +316,13 @@ class Trainer:
         )
         record["best_epoch"] = state.best_epoch
         record["seconds"] = round(time.perf_counter() - started, 3)
-        # metrics first: a kill between the two leaves a line too many, which resumption removes
-        record_epoch(self.out, record, writer)
-        if self.log is not None:
-            self.log.log(record)
-        write_checkpoint(self.out, self.model, self._tensors(), state, self.data.classes.to_dict())
-        self.state = state
+
+        def write() -> TrainingState:
+            # metrics first: a kill between the two leaves a line too many, which resumption removes
+            record_epoch(self.out, record, writer)
+            if self.log is not None:
+                self.log.log(record)
+            write_checkpoint(self.out, self.model, self._tensors(), state, self.data.classes.to_dict())
+            return state
+
+        self.state = self.group.by_first(write)

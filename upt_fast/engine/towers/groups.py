@@ -31,19 +31,39 @@ def bounds(count: int, limit: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def split(packed: PackedClasses, limit: int, with_places: bool) -> list[ClassGroup]:
-    """All classes in groups of at most limit.
+def shares(packed: PackedClasses, count: int) -> list[tuple[int, int]]:
+    """The first class, in packed order, and the end of each of count parts that have about as many rows; some may be
+    empty.
+
+    Args:
+        packed: classes of one set.
+        count: at least 1.
+    """
+    rows = list(itertools.accumulate(_lengths(packed), initial=0))
+    ends = [min(range(len(rows)), key=lambda c: abs(rows[c] * count - rows[-1] * (i + 1))) for i in range(count)]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _lengths(packed: PackedClasses) -> list[int]:
+    """Rows of each class, in packed order."""
+    (runs,) = packed.layout.sets
+    return [length for count, length in runs for _ in range(count)]
+
+
+def split(packed: PackedClasses, limit: int, with_places: bool, of: tuple[int, int] | None = None) -> list[ClassGroup]:
+    """Classes in groups of at most limit.
 
     Args:
         packed: classes of one set.
         limit: at least 1.
         with_places: whether ``places`` and ``tiles`` are needed.
+        of: the first and the end of those classes, in packed order; None: all.
     """
-    (runs,) = packed.layout.sets
-    lengths = [length for count, length in runs for _ in range(count)]
+    lengths = _lengths(packed)
     rows = list(itertools.accumulate(lengths, initial=0))
+    start_of, end_of = (0, len(lengths)) if of is None else of
     found = []
-    for first, end in bounds(len(lengths), limit):
+    for first, end in ((start_of + a, start_of + b) for a, b in bounds(end_of - start_of, limit) if b > a):
         layout = PackedLayout((tuple((len(list(n)), length) for length, n in itertools.groupby(lengths[first:end])),))
         found.append(ClassGroup(first, end, _cut(packed, first, end, rows[first], rows[end], layout, with_places)))
     return found
