@@ -129,7 +129,7 @@ def test_the_command_line_is_the_run_of_one_process(data, finished, tmp_path):
 def test_in_float64(data, tmp_path):
     """Whole runs, with validation and test: 7 classes, batches of 5 and of 1, and three processes: nothing divides."""
     changes = {
-        "upt": {"label_smoothing": 0.1},
+        "upt": {"label_smoothing": 0.1, "accumulate": 3, "ema": 0.9},
         "one": {"batch_size": 1, "epochs": 1},
         "coop": {"method": "coop", "augment": "none", "feature_store": "off"},
         "cocoop": {"method": "cocoop"},
