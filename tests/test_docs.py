@@ -59,7 +59,7 @@ def changed(picture, name, **fields):
         (changed(HOUSE, "engine/ops", area=(222, 530, 588, 640)), "engine/ops covers words of engine"),
         (changed(HOUSE, "train", area=(20, 700, 170, 740)), "data is drawn above train"),
         (replace(HOUSE, arrows=(Arrow("clip", "methods"),)), "clip does not import methods"),
-        (changed(HOUSE, "model", area=(210, 290, 600, 352)), "from model to features is too short"),
+        (changed(HOUSE, "model", area=(210, 362, 600, 424)), "from model to features is too short"),
         (replace(HOUSE, arrows=(Arrow("train", "prompts"),)), "from train to prompts goes through model"),
         (replace(HOUSE, arrows=(Arrow("cli", "train", at=390, label="reads them all"),)), "lies on released"),
         (replace(HOUSE, boxes=HOUSE.boxes[:-1], arrows=()), "no box for common"),

@@ -132,6 +132,7 @@ def test_in_float64(data, tmp_path):
         "upt": {"label_smoothing": 0.1, "accumulate": 3, "ema": 0.9},
         "one": {"batch_size": 1, "epochs": 1},
         "coop": {"method": "coop", "augment": "none", "feature_store": "off"},
+        "views": {"method": "coop", "views": 2, "checkpoint_steps": 3},
         "cocoop": {"method": "cocoop"},
         "kgcoop": {"method": "kgcoop", "max_memory": "40MB", "optimizer": "adamw", "lr": 0.002},
         "zeroshot": {"method": "zeroshot"},

@@ -63,7 +63,7 @@ def run(options: Namespace) -> int:
     if processes.count() > 1:
         raise ValueError(
             f"--tasks on {processes.count()} processes of torchrun or accelerate launch; wanted one process: such "
-            "share one large run, and many runs are Ray's to spread"
+            "share one large run; Ray spreads many: --workers N, without a launcher"
         )
     tasks = read_tasks(options.tasks, options.out)  # before torch, so that a bad value is told at once
     out = tasks[0].out
