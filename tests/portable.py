@@ -47,7 +47,13 @@ NUMERIC = (
     "test_model.py",
     "test_prompts.py",
     "test_verify.py",
+    "distributed/test_steps.py",
+    "train/test_accumulation.py",
+    "train/test_averaging.py",
     "train/test_features.py",
+    "train/test_metrics.py",
+    "train/test_texts.py",
+    "train/test_views.py",
 )
 
 

@@ -21,7 +21,7 @@ from upt_fast.train import TrainConfig, train
 
 WORKER = Path(__file__).with_name("runs_worker.py")
 CLASSES = 7
-SECONDS = 120  # after which something hangs
+SECONDS = 300  # after which something hangs
 
 
 @pytest.fixture(scope="module")

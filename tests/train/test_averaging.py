@@ -1,5 +1,6 @@
 """The moving average of the weights: its numbers, its place in checkpoints and results, its model."""
 
+import inspect
 import json
 
 import pytest
@@ -104,7 +105,7 @@ def test_results_tell_of_all_weights(data, tmp_path, monkeypatch, final_model):
     calls, given = [], final.evaluate
 
     def watched(*args, **kwargs):
-        calls.append(kwargs["description"])
+        calls.append(inspect.signature(given).bind(*args, **kwargs).arguments["description"])
         return given(*args, **kwargs)
 
     monkeypatch.setattr(final, "evaluate", watched)
