@@ -3,7 +3,7 @@
 ``python bench/plain_run.py METHOD DATA SHOTS SEED EPOCHS OUT``
 
 The few-shot draw, recipe and file of results are those of ``upt-fast train`` (SGD, a warm-up epoch and a cosine, crops
-and flips), so that a job of such runs and one of ours differ in how they compute; numbers of the crops differ.
+and flips), so that a job of such runs and one of ours differ in how they compute; crops are drawn otherwise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Images(Dataset):
 
 
 def main(method: str, data: str, shots: int, seed: int, epochs: int, out: Path) -> None:
-    torch.manual_seed(seed)
     config = TrainConfig(data=data, out=str(out), clip="tiny-digits", method=method, epochs=epochs)
     loaded, listing = load_clip("tiny-digits"), scan_folder(data)
     split = few_shot_split(listing, shots, seed)
@@ -55,6 +54,7 @@ def main(method: str, data: str, shots: int, seed: int, epochs: int, out: Path) 
     centre = transforms.Compose([transforms.Resize(size, bicubic), transforms.CenterCrop(size), *last])
     batch = min(config.batch_size, len(split.train))
     loader: DataLoader = DataLoader(Images(split.train, crop), batch, shuffle=True, drop_last=True)
+    torch.manual_seed(seed)  # here, as upt-fast train does: both begin with the same prompts
     model = ReferencePromptedCLIP(loaded.model, listing.classnames, method=method, tokenizer=loaded.tokenizer).train()
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
