@@ -9,7 +9,9 @@ the antialiased filter, in float32.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -194,6 +196,12 @@ def filter_weights(lengths: Tensor, spans: Tensor, longest: int, size: int, cubi
     return (weights / weights.sum(dim=-1, keepdim=True)).float()
 
 
+@functools.lru_cache(maxsize=2)
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay, for each new one that resizes makes OpenMP begin anew; not those of a process that forked."""
+    return ThreadPoolExecutor(count, thread_name_prefix="resize")
+
+
 class BatchedAugmentation(AugmentedDataset):
     """Images whose crops are drawn and resized a batch at a time, as a function of (seed, epoch, index).
 
@@ -235,18 +243,18 @@ class BatchedAugmentation(AugmentedDataset):
             return Crops.of([self._draw(key) for key in keys], self.size, cubic), labels
         batch = torch.empty(len(keys), 3, *self.size, dtype=torch.uint8)
         threads = min(torch.get_num_threads(), len(keys))  # 1 in a loader's processes
-
+        # here, for threads that draw hand the interpreter's lock to and fro; decoding is worth a thread
+        parts = [self._draw(key) if self.images.is_kept(key[1]) else None for key in keys]
         left = iter(range(len(keys)))  # of which each thread takes the next
 
         def fill(_: int) -> None:
             for i in left:
-                self._resize_into(batch[i], self._draw(keys[i]))
+                self._resize_into(batch[i], parts[i] or self._draw(keys[i]))
 
         if threads == 1:
             fill(0)
         else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(fill, range(threads)))
+            list(_threads(threads, os.getpid()).map(fill, range(threads)))
         return batch, labels
 
     @staticmethod

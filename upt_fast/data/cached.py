@@ -49,6 +49,10 @@ class CachedImages(Sequence[Tensor]):
         """(3, h, w) uint8."""
         return self.read(index).image
 
+    def is_kept(self, index: int) -> bool:
+        """Whether an image lies in the file of pixels, so that reading it decodes nothing."""
+        return self.entries[index] is not None and self._data is not None
+
     def read(self, index: int) -> Pixels:
         """An image and the size of its file; the image may be a view of the file of pixels."""
         entry = self.entries[index]
