@@ -342,6 +342,7 @@ def anonymous() -> int:
 
 
 def train_and_measure(tmp_path: Path, items: list[ImageItem], results) -> None:
+    torch.set_num_threads(1)  # as in a loader's processes: OpenMP's threads do not live on in a fork
     store = PixelStore(tmp_path / "stores", {"images": len(items)}, 10**9)
     images, _ = cache_images(items, DECODE, store, progress=False)
     cfg = {"size": 32, "interpolation": "bicubic"}
