@@ -37,17 +37,6 @@ logger = logging.getLogger("upt_fast")
 
 # of an evaluation, what results.json has of each set of weights
 BRIEFLY = ("accuracy", "mean_class_accuracy", "loss", "top5_accuracy", "calibration_error")
-CONFUSION_FILE = "confusion.csv"
-
-logger = logging.getLogger("upt_fast")
-
-BRIEFLY = (
-    "accuracy",
-    "mean_class_accuracy",
-    "loss",
-    "top5_accuracy",
-    "calibration_error",
-)  # of an evaluation, what results.json has of each set of weights
 
 
 def finish(
