@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from upt_fast.common.messages import shorten
 from upt_fast.data.folder import list_folders, scan_folder
 from upt_fast.model import FastPromptedCLIP
@@ -21,6 +18,7 @@ from upt_fast.train.checkpoint import is_run, read_json, write_json
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.images import with_cache
 from upt_fast.train.loop import Run, finished
+from upt_fast.train.randomness import Randomness
 from upt_fast.train.setup import CONFIG_FILE
 from upt_fast.train.trainer import Batch, Steps
 
@@ -29,31 +27,6 @@ logger = logging.getLogger("upt_fast")
 JOB_FILE = "tasks.json"
 # what is one backbone's, and may not differ among its siblings
 OF_THE_BACKBONE = ("clip", "pretrained", "quick_gelu", "precision", "memory", "backend", "text_batch", "device")
-
-
-class Randomness:
-    """torch's default generators as one task alone would have them; a context in which they are."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.states = self._get()
-
-    def _get(self) -> tuple[Tensor, Tensor | None]:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return torch.get_rng_state(), cuda
-
-    def _set(self, states: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], self.device)
-
-    def __enter__(self) -> None:
-        self.outer = self._get()
-        self._set(self.states)
-
-    def __exit__(self, *_: object) -> None:
-        self.states = self._get()
-        self._set(self.outer)
 
 
 @dataclass

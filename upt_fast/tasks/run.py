@@ -28,13 +28,14 @@ from upt_fast.engine.memory import Need, peak
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
-from upt_fast.tasks.job import Job, Member, Randomness, of_one_backbone, portions, prepare, rest_of
+from upt_fast.tasks.job import Job, Member, of_one_backbone, portions, prepare, rest_of
 from upt_fast.tasks.joint import MultiTask
 from upt_fast.tasks.memory import room
 from upt_fast.tasks.table import Table
 from upt_fast.train.checkpoint import is_run, locked, read_json, write_json
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.interrupt import InterruptBetweenSteps
+from upt_fast.train.randomness import Randomness
 from upt_fast.train.recording import TrainingDivergedError
 from upt_fast.train.setup import (
     RESULTS_FILE,

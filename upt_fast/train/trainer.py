@@ -38,6 +38,7 @@ from upt_fast.train.features import FeatureDataset
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.metrics import Evaluation
 from upt_fast.train.optimizers import build_optimizer, restore_state, state_tensors
+from upt_fast.train.randomness import get_randomness, randomness_in, set_randomness
 from upt_fast.train.recording import (
     Meter,
     TrainingDivergedError,
@@ -61,23 +62,6 @@ logger = logging.getLogger("upt_fast")
 Batch = tuple[Tensor, Tensor]
 Result = tuple[Tensor, Tensor]  # the loss () and the logits (B, C) of a step, without gradients
 Steps = Generator[Batch, Result, None]
-RANDOMNESS = "random."  # before the names of generators' states
-
-
-def get_randomness(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's default generators."""
-    states = {f"{RANDOMNESS}cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[f"{RANDOMNESS}cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_randomness(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what :func:`get_randomness` gave; of a device without a state nothing is changed."""
-    if (state := states.get(f"{RANDOMNESS}cpu")) is not None:
-        torch.set_rng_state(state)
-    if device.type == "cuda" and (state := states.get(f"{RANDOMNESS}cuda")) is not None:
-        torch.cuda.set_rng_state(state, device)
 
 
 def drive(steps: Steps, step: Callable[[Tensor, Tensor], Result]) -> None:
@@ -119,7 +103,7 @@ class Trainer:
         if restored := group.by_first(lambda: read_checkpoint(out)):
             self.state, tensors = restored
             restore_state(model, self.optimizer, tensors)
-            self.randomness = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOMNESS)}
+            self.randomness = randomness_in(tensors)
             if self.average is not None:
                 self.average.restore(model, tensors)
         self.schedule = WarmupCosineLR(
