@@ -262,7 +262,7 @@ def test_memory_of_batches_is_used_again_when_nothing_refers_to_it():
     wanted = [normalize.transform(batch).clone() for batch in images]
     held = [normalize(batch) for batch in images]  # nothing is used again
     assert all(map(torch.equal, held, wanted))
-    assert len(normalize.blocks._blocks) == 2
+    assert len(normalize.pool._blocks["batch"]) == 2
     places = [batch.data_ptr() for batch in held]
     view, array = held[4][1, 2], held[5].numpy()
     del held

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.common.closeness import relative_rms
+from upt_fast.common.memory_pool import MemoryPool
 from upt_fast.engine import ops, workspace
 from upt_fast.engine.autograd import functions
-from upt_fast.engine.workspace import MemoryPool, Workspace, pieces
+from upt_fast.engine.workspace import Workspace, pieces
 from upt_fast.testing import random_clip
 
 LIKE = torch.empty(0)

@@ -7,9 +7,7 @@ the training pipeline works on tensors, whose uint8 kernels are faster.
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,15 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from upt_fast.common.memory_pool import MemoryPool
+
 AUGMENTATIONS = ("standard", "crop", "none")
 RESIZE_MODES = ("shortest", "squash")
 CROP_SCALE = (0.08, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height
 SCALE = np.float32(1 / 255)
 LARGE = 1 << 18  # numbers: a megabyte, above which memory comes from the kernel
+FLOAT32 = torch.empty(0, device="cpu")
 
 
 def image_size(preprocess_cfg: dict[str, Any]) -> tuple[int, int]:
@@ -134,7 +135,7 @@ class Normalize:
         self.transform = v2.Compose(steps)
         self.mean, self.std = np.array(mean, np.float32), np.array(std, np.float32)
         values = torch.arange(256, dtype=torch.uint8).expand(len(mean), 1, 256)
-        self.blocks = Blocks()
+        self.pool = MemoryPool(most=2)  # so that what holds many batches holds no more
         self.exact = torch.equal(self._normalize(values), self.transform(values))  # of all that there can be
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -144,7 +145,10 @@ class Normalize:
         return self._normalize(images)
 
     def _normalize(self, images: Tensor) -> Tensor:
-        normalized = self.blocks.take(images.shape)
+        if images.numel() < LARGE:
+            normalized = torch.empty(images.shape)
+        else:
+            normalized = self.pool.take("batch", FLOAT32, *images.shape)
         height_width = images.shape[-2:]
         pixels = images.numpy().reshape(-1, len(self.mean), *height_width)
         for source, result in zip(pixels, normalized.view(pixels.shape).numpy(), strict=True):
@@ -153,43 +157,3 @@ class Normalize:
                 np.subtract(numbers, mean, out=numbers)
                 np.divide(numbers, std, out=numbers)
         return normalized
-
-
-class Blocks:
-    """Memory of large tensors that nothing refers to any more: the kernel clears fresh memory page by page.
-
-    That took a third of a batch's time. Two blocks are remembered, so that what holds many batches holds no more.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def take(self, shape: Sequence[int]) -> Tensor:
-        """An uninitialised float32 tensor on the CPU."""
-        size = math.prod(shape)
-        if size < LARGE or not hasattr(torch._C, "_storage_Use_Count"):
-            return torch.empty(shape)
-        with self._lock:
-            idle = [block for block in self._blocks if self._is_idle(block)]
-            fitting = [block for block in idle if block.numel() >= size]
-            if fitting:
-                block = min(fitting, key=Tensor.numel)
-            else:  # what lies idle is too small
-                with torch.inference_mode(False):
-                    block = torch.empty(size)
-                used = [known for known in self._blocks if not any(known is other for other in idle)]
-                self._blocks = [*used[-1:], block]
-            return block[:size].view(shape)
-
-    @staticmethod
-    def _is_idle(block: Tensor) -> bool:
-        storage = block.untyped_storage()
-        # the block's own reference and that of this storage object; another process may read shared memory
-        return not storage.is_shared() and torch._C._storage_Use_Count(storage._cdata) <= 2  # type: ignore[attr-defined]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Blocks:
-        return Blocks()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Blocks, ()

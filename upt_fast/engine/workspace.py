@@ -9,11 +9,11 @@ results, live in blocks of a :class:`MemoryPool`; what an op must allocate itsel
 from __future__ import annotations
 
 import ctypes
-import math
-import threading
 
 import torch
 from torch import Tensor
+
+from upt_fast.common.memory_pool import MemoryPool
 
 PIECE_BYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
@@ -41,54 +41,6 @@ def keep_heap_small() -> bool:
 def heap_is_small() -> bool:
     """Whether :func:`keep_heap_small` was called, and did something."""
     return _heap_is_small
-
-
-class MemoryPool:
-    """Blocks of CPU memory that a tower's passes use one after another.
-
-    Half a gigabyte of activations returned to the allocator after each step leaves holes in its heap, by chance up to a
-    third of the peak, and is cleared by the kernel page by page when it comes back. A block is used again when nothing
-    refers to its storage any more: neither a graph that backward could still need, nor a tensor that left the tower.
-    A GPU's caching allocator does all this, so other devices' memory passes through.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: dict[str, list[Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor in like's dtype and device; names keep requests of different kinds apart."""
-        if like.device.type != "cpu" or not hasattr(torch._C, "_storage_Use_Count"):
-            return like.new_empty(shape)
-        size = math.prod(shape)
-        with self._lock:
-            blocks = self._blocks.setdefault(name, [])
-            idle = [b for b in blocks if self._is_idle(b)]
-            fitting = [b for b in idle if b.dtype == like.dtype and b.numel() >= size]
-            if fitting:
-                block = min(fitting, key=Tensor.numel)
-            else:  # a larger request replaces what lies idle
-                blocks[:] = [b for b in blocks if not any(b is other for other in idle)]
-                with torch.inference_mode(False):  # passes with and without autograd share the block
-                    block = like.new_empty(size)
-                blocks.append(block)
-            return block[:size].view(shape)
-
-    def clear(self) -> None:
-        """Let go of all blocks; those in use live on until their users are done."""
-        with self._lock:
-            self._blocks.clear()
-
-    @staticmethod
-    def _is_idle(block: Tensor) -> bool:
-        # the block's own reference and that of the storage object made to ask
-        return torch._C._storage_Use_Count(block.untyped_storage()._cdata) <= 2  # type: ignore[attr-defined]
-
-    def __deepcopy__(self, memo: dict) -> MemoryPool:
-        return MemoryPool()
-
-    def __reduce__(self) -> tuple:
-        return MemoryPool, ()
 
 
 def pieces(x: Tensor, limit: int | None = None) -> list[slice]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from upt_fast.clip.frozen import FrozenBlock
+from upt_fast.common.memory_pool import MemoryPool
 from upt_fast.engine import ops
 from upt_fast.engine.towers.stacks import Fp8Stack, PlainStack
 from upt_fast.engine.weights import BlockWeights, recomputed
-from upt_fast.engine.workspace import MemoryPool, Workspace
+from upt_fast.engine.workspace import Workspace
 
 MEMORY_LEVELS = ("fast", "balanced", "lean")
 
