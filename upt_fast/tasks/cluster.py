@@ -151,8 +151,12 @@ class _Driver:
     running: dict[Any, _Placed] = field(default_factory=dict)  # what is awaited -> the worker
     idle: list[_Placed] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)  # the first task of a portion -> workers it was lost with
+    wanted: dict[str, int] = field(default_factory=dict)  # by each worker
+    by_name: dict[str, Member] = field(init=False)
+    board: Any = field(init=False)  # a _Board
 
     def run(self) -> None:
+        """Train what is left of the job."""
         # no smaller than keeps all workers busy: tasks are faster together
         most = -(-sum(member.open for member in self.job.members) // self.workers)
         for members in of_one_backbone(self.job.members):

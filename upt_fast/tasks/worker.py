@@ -59,6 +59,7 @@ class Worker:
         self._key: Any = None
         self._backbone = Backbone()
         self._told = 0.0
+        self._fitted: list[Member] = []  # prepared by fit, for the train that follows
 
     def describe(self) -> tuple[int, str]:
         """The process and its machine's name."""
@@ -78,8 +79,8 @@ class Worker:
         if max_memory is None:
             device = resolve_device(members[0].config.device)
             max_memory = room(device) // (1 if device.type == "cuda" else self.sharing)
-        chosen = fitting(members, self._of(key), max_memory)
-        return [member.task.name for member in chosen]
+        self._fitted = fitting(members, self._of(key), max_memory)
+        return [member.task.name for member in self._fitted]
 
     def train(self, key: Any, settings: Settings, out: str, ended: Mapping[str, tuple[int, str]]) -> Outcome:
         """Train a group from where its tasks stand in their folders.
@@ -90,7 +91,9 @@ class Worker:
             out: the job's folder.
             ended: tasks that ended early by failing for good, as the job's file has them.
         """
-        members = self._members(settings)
+        fitted, self._fitted = self._fitted, []
+        same = [member.task.name for member in fitted] == [name for name, _ in settings]
+        members = fitted if same else self._members(settings)
         job = Job(Path(out), members, written=False)
         job.note_ended(ended)
         rows = {member.task.name: member.row for member in members}

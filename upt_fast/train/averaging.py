@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.train.checkpoint import CLASSES_FILE, TEMPORARY_PREFIX, fsync_directory, write_json
+from upt_fast.train.checkpoint import CLASSES_FILE, whole_folder, write_json
 
 AVERAGE = "average"  # its folder in a run, and what stands in front of a parameter's name in a checkpoint
 
@@ -78,17 +76,8 @@ def write_average(run_dir: Path, model: FastPromptedCLIP, average: WeightAverage
         average: of them.
         classes: what classes.json holds.
     """
-    temporary, folder = run_dir / f"{TEMPORARY_PREFIX}{AVERAGE}", run_dir / AVERAGE
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    # one may be there, of a run that was stopped before its results were written
+    with whole_folder(run_dir / AVERAGE) as temporary:
         with average.in_place(model):
             model.save_pretrained(temporary)
         write_json(temporary / CLASSES_FILE, classes)
-        fsync_directory(temporary)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():  # of a run that was stopped before its results were written
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    fsync_directory(run_dir)

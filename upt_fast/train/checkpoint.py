@@ -124,24 +124,36 @@ def write_checkpoint(
     """
     checkpoints = run_dir / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
-    name = state.name
-    temporary = checkpoints / f"{TEMPORARY_PREFIX}{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(checkpoints / state.name) as temporary:
         model.save_pretrained(temporary)
         # without tensors and metadata safetensors writes a header that it cannot read
         save_safetensors(temporary / TENSORS_FILE, optimizer, {"format": "pt"})
         write_json(temporary / STATE_FILE, asdict(state))
         if classes is not None:
             write_json(temporary / CLASSES_FILE, classes)
+    _point(run_dir, "last", state.name)
+    _tidy(run_dir, state)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A path to write a folder at, which is the folder's own at the end, or is gone; one that was there is replaced.
+
+    Args:
+        folder: in a folder that exists.
+    """
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
         fsync_directory(temporary)
     except OSError:  # a full disk has then room for what is to be said of it
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    os.rename(temporary, checkpoints / name)
-    fsync_directory(checkpoints)
-    _point(run_dir, "last", name)
-    _tidy(run_dir, state)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    fsync_directory(folder.parent)
 
 
 def _point(run_dir: Path, link: str, name: str) -> None:

@@ -31,6 +31,8 @@ from upt_fast.data.sources import ShardImage
 from upt_fast.data.transforms import build_eval_transform, build_normalize, image_size
 from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.engine.cpu import choices
+from upt_fast.engine.towers.text import TextTower
+from upt_fast.engine.towers.vision import VisionTower
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.batches import device_of, eval_mode, to_device
 from upt_fast.version import __version__
@@ -44,10 +46,17 @@ ALONE = "independent of the batch"  # a fact of a key
 
 
 class Known(NamedTuple):
-    """What the store has of an image file: its digest, None if unknown, and its feature (e,)."""
+    """What the store has of an image file.
+
+    Args:
+        digest: the name of its feature: that of the file and of the mark; None: unknown.
+        row: its feature (e,); None: it is not there.
+        mark: what else the feature hangs on.
+    """
 
     digest: bytes | None = None
     row: Tensor | None = None
+    mark: str = ""
 
 
 class FixedFeatures:
@@ -87,27 +96,27 @@ class FixedFeatures:
 
         Args:
             paths: of the files.
-            marks: of each what else its feature hangs on.
+            marks: of each what else its feature hangs on; None: nothing.
         """
+        marks = [""] * len(paths) if marks is None else marks
         if self.section is None:
-            return [Known()] * len(paths)
+            return [Known(mark=mark) for mark in marks]
         digests = _digests(paths, marks)
         rows = self.section.read([digest for digest in digests if digest is not None])
-        return [Known(digest, None if digest is None else rows.get(digest)) for digest in digests]
+        return [
+            Known(digest, None if digest is None else rows.get(digest), mark)
+            for digest, mark in zip(digests, marks, strict=True)
+        ]
 
     @torch.no_grad()
     def compute(
-        self,
-        dataset: Dataset[tuple[Tensor, int]],
-        known: Sequence[Known] | None = None,
-        marks: Sequence[str] | None = None,
+        self, dataset: Dataset[tuple[Tensor, int]], known: Sequence[Known] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Features (N, e) in the tower's dtype and labels (N,) of a dataset, on the CPU.
 
         Args:
             dataset: items of (3, H, W) uint8 and a label; an ImageDataset where known is given.
             known: what the store has of each image; the others' features are put there.
-            marks: as for :meth:`look_up`.
         """
         total = len(dataset)  # type: ignore[arg-type]
         known = [Known()] * total if known is None else known
@@ -135,7 +144,7 @@ class FixedFeatures:
                     rows[i], labels[i] = row, label
                 done += len(batch)
                 if done - written >= PACK_ROWS or done == len(missing):
-                    self._keep(dataset, known, rows, missing[written:done], marks)
+                    self._keep(dataset, known, rows, missing[written:done])
                     written = done
                 bar.update(len(batch))
         if self.group.size > 1:
@@ -160,18 +169,12 @@ class FixedFeatures:
         return self.model.vision_tower.alone(filled)[: len(images)]
 
     def _keep(
-        self,
-        dataset: Any,
-        known: Sequence[Known],
-        rows: Sequence[Tensor | None],
-        indices: Sequence[int],
-        marks: Sequence[str] | None,
+        self, dataset: Any, known: Sequence[Known], rows: Sequence[Tensor | None], indices: Sequence[int]
     ) -> None:
         if self.section is None:
             return
         # a file that was changed between its digest and its decoding has another feature
-        paths = [dataset.items[i].path for i in indices]
-        now = _digests(paths, None if marks is None else [marks[i] for i in indices])
+        now = _digests([dataset.items[i].path for i in indices], [known[i].mark for i in indices])
         kept = {
             digest: row
             for i, digest in zip(indices, now, strict=True)
@@ -211,14 +214,11 @@ class FixedFeatures:
         load = build_eval_transform(self.preprocess_cfg)
         pattern = Image.frombytes("RGB", (61, 47), bytes(i * i % 251 for i in range(61 * 47 * 3)))
         return {
-            "upt_fast": __version__,
+            **computed_with(model, tower),
             "weights": model.vision_digest(),
             "preprocess": {name: str(value) for name, value in self.preprocess_cfg.items()},
             "preprocessed": _digest(load(pattern)),
-            "dtype": f"{tower.class_row.dtype}{' fp8' if model.quantized else ''}",
             "batch": self.batch_size,
-            "route": [model.backend, tower.blocks.memory, type(tower.blocks.stack).__name__],
-            "machine": computes_on(self.device),
             "libraries": {
                 "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
@@ -230,11 +230,20 @@ class FixedFeatures:
         }
 
 
-def computes_on(device: torch.device) -> dict[str, Any]:
-    """What bits hang on of the machine."""
-    if device.type == "cpu":
-        return {**choices.machine(), "threads": torch.get_num_threads()}
-    return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+def computed_with(model: FastPromptedCLIP, tower: TextTower | VisionTower) -> dict[str, Any]:
+    """What a feature's bits hang on beside weights, input and libraries: precision, route, machine."""
+    device, blocks = device_of(model), tower.blocks
+    machine = (
+        {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        if device.type == "cuda"
+        else {**choices.machine(), "threads": torch.get_num_threads()}
+    )
+    return {
+        "upt_fast": __version__,
+        "dtype": f"{blocks.qkv_bias.dtype}{' fp8' if model.quantized else ''}",
+        "route": [model.backend, blocks.memory, type(blocks.stack).__name__],
+        "machine": machine,
+    }
 
 
 class FeatureDataset(ImageDataset):
@@ -266,22 +275,20 @@ class FeatureDataset(ImageDataset):
         return rows[index], int(labels[index])
 
 
-class _Views(Dataset[tuple[Tensor, int]]):
+class _Views(ImageDataset):
     """Every view of every image, view by view: item v N + i is view v of image i."""
 
     def __init__(self, images: AugmentedDataset) -> None:
         assert images.views is not None
-        self.images, self.items = images, list(images.base.items) * images.views
-
-    def __len__(self) -> int:
-        return len(self.items)
+        super().__init__(list(images.base.items) * images.views, images.base.load)
+        self.of = images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[divmod(index, len(self.images))]
+        return self.of[divmod(index, len(self.of))]
 
 
 class ViewFeatures(FeatureDataset):
-    """The features of all views of images, (K N, e), view by view.
+    """The features of all views of images, (K N, e), view by view; items are the N images.
 
     Args:
         images: with a fixed number of views.
@@ -291,23 +298,12 @@ class ViewFeatures(FeatureDataset):
 
     def __init__(self, images: AugmentedDataset, source: FixedFeatures, how: dict[str, Any]) -> None:
         views = _Views(images)
-        self.marks = [
+        marks = [
             json.dumps({"view": i // len(images), "of": item.key, **how}, sort_keys=True)
             for i, item in enumerate(views.items)
         ]
-        known = source.look_up([item.path for item in views.items], self.marks)
-        super().__init__(images.base, source, known)
-        self._views: _Views | None = views
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Features (K N, e), not normalised, and labels (K N,)."""
-        if self._found is None:
-            assert self._source is not None
-            assert self._from is not None
-            assert self._views is not None
-            self._found = self._source.compute(self._views, self._from[1], self.marks)
-            self._source = self._from = self._views = None
-        return self._found
+        super().__init__(views, source, source.look_up([item.path for item in views.items], marks))
+        self.items = images.base.items
 
 
 class FeatureViews(AugmentedDataset):
@@ -332,10 +328,11 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _digests(paths: Sequence[Path | ShardImage], marks: Sequence[str] | None = None) -> list[bytes | None]:
+def _digests(paths: Sequence[Path | ShardImage], marks: Sequence[str]) -> list[bytes | None]:
+    """Of the files, and of what is marked on them."""
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(digest_file, paths))
-    if marks is None:
-        return found
-    pairs = zip(found, marks, strict=True)
-    return [None if digest is None else hashlib.sha256(digest + mark.encode()).digest() for digest, mark in pairs]
+    return [
+        hashlib.sha256(digest + mark.encode()).digest() if digest is not None and mark else digest
+        for digest, mark in zip(found, marks, strict=True)
+    ]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import upt_fast
-from upt_fast.data.feature_store import open_store
 from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
@@ -29,7 +28,6 @@ from upt_fast.train.setup import (
     evaluation_batch,
     load_model,
 )
-from upt_fast.train.texts import keep_texts
 
 CONFUSION_FILE = "confusion.csv"
 
@@ -140,7 +138,6 @@ def _evaluations(
             continue
         folder = out / name
         other = group.agreed(lambda folder=folder: load_model(config, folder, device, model))  # type: ignore[misc]
-        keep_texts(other, open_store(config.feature_store, config.feature_store_gib))
         if plan is not None:
             other.follow_plan(plan)
         yield name, evaluate(other, data.test, *how, f"testing {name}", **options)

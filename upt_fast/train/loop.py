@@ -40,6 +40,7 @@ from upt_fast.train.config import TrainConfig
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.final import finish
 from upt_fast.train.images import GIB, with_cache
+from upt_fast.train.separate_test import with_test_data
 from upt_fast.train.setup import (
     CHOICES_FILE,
     CONFIG_FILE,
@@ -59,7 +60,6 @@ from upt_fast.train.setup import (
     resolve_device,
 )
 from upt_fast.train.shared import first_speaks, join_processes, resumed_if_restarted
-from upt_fast.train.test_data import with_test_data
 from upt_fast.train.texts import keep_texts
 from upt_fast.train.trainer import Trainer
 from upt_fast.train.wandb_log import WandbLog, require_wandb

@@ -22,6 +22,7 @@ from upt_fast.train.evaluation import evaluate
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.images import KeptImages, check_stream, recorded_cache
 from upt_fast.train.metrics import Evaluation
+from upt_fast.train.separate_test import choose_split, key_of
 from upt_fast.train.setup import (
     CONFIG_FILE,
     SPLIT_FILE,
@@ -31,7 +32,6 @@ from upt_fast.train.setup import (
     resolve_device,
     without_copies,
 )
-from upt_fast.train.test_data import choose_split, key_of
 from upt_fast.train.texts import keep_texts
 
 

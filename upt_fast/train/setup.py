@@ -34,7 +34,7 @@ from upt_fast.train.classes import TrainedClasses
 from upt_fast.train.config import TrainConfig, check_device_name
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.images import RunImages
-from upt_fast.train.test_data import TEST_DATA
+from upt_fast.train.separate_test import TEST_DATA
 
 logger = logging.getLogger("upt_fast")
 

@@ -18,9 +18,8 @@ from upt_fast.data.feature_store import FeatureStore, Section
 from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.features.digests import digest_tensors
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.train.batches import device_of, eval_mode
-from upt_fast.train.features import computes_on
-from upt_fast.version import __version__
+from upt_fast.train.batches import eval_mode
+from upt_fast.train.features import computed_with
 
 PROBE = ("a photo of a {}.", ("dog", "hard-leaved pocket orchid"))  # whose bits tell ways to compute apart
 
@@ -64,12 +63,9 @@ def _about(model: FastPromptedCLIP) -> dict[str, Any]:
         (pack,) = model._pack_templates((template,), names)
         bits = tower(None, pack)
     return {
-        "upt_fast": __version__,
+        **computed_with(model, tower),
         "texts": True,
         "weights": model.text_digest(),
-        "dtype": f"{tower.dtype}{' fp8' if model.quantized else ''}",
-        "route": [model.backend, tower.blocks.memory, type(tower.blocks.stack).__name__],
-        "machine": computes_on(device_of(model)),
         "libraries": {"torch": torch.__version__},
         "bits": digest_tensors([("bits", bits)]),
     }
