@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,21 @@ def write_images(folder: Path, channel: int, count: int, seed: int) -> None:
         pixels = np.random.default_rng(seed + i).integers(0, 90, (36, 40, 3), dtype=np.uint8)
         pixels[..., channel] += 150
         Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
+
+
+def write_dataset(root: Path, classes: Sequence[str], step: int = 0, **counts: int) -> Path:
+    """A folder of splits, each with so many images of each class; returns the root.
+
+    Args:
+        root: of the dataset.
+        classes: up to 3 names, each of one brightest channel.
+        step: between the splits' random numbers; 0: their first images are the same.
+        counts: images of each class, by the split's name.
+    """
+    for number, (split, count) in enumerate(counts.items()):
+        for label, name in enumerate(classes):
+            write_images(root / split / name, 2 - label, count, step * number + 100 * label)
+    return root
 
 
 def contents(run: Path) -> tuple[dict[str, torch.Tensor], list[dict], dict]:
@@ -41,6 +57,41 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert results == other_results, run.name
     assert tensors.keys() == other_tensors.keys(), run.name
     assert all(torch.equal(value, other_tensors[key]) for key, value in tensors.items()), run.name
+
+
+def image_passes(monkeypatch) -> list[int]:
+    """A list that fills with the sizes of the batches that image towers run, the feature store's own trial aside."""
+    from upt_fast.engine.towers.vision import VisionTower
+    from upt_fast.train.features import FixedFeatures
+
+    seen, run, opened = [], VisionTower._features, FixedFeatures._open
+
+    def counted(self, images, *args, **kwargs):
+        seen.append(len(images))
+        return run(self, images, *args, **kwargs)
+
+    def uncounted(self, store):
+        before = len(seen)
+        section = opened(self, store)
+        del seen[before:]
+        return section
+
+    monkeypatch.setattr(VisionTower, "_features", counted)
+    monkeypatch.setattr(FixedFeatures, "_open", uncounted)
+    return seen
+
+
+def compute_in_float64(monkeypatch) -> None:
+    """Runs from here on are in float64, which no option of theirs asks for."""
+    from upt_fast.train import setup
+
+    load_for = setup.load_for
+
+    def load(*args):
+        clip, options = load_for(*args)
+        return clip, options | {"dtype": "fp64"}
+
+    monkeypatch.setattr(setup, "load_for", load)
 
 
 class Killed(BaseException):

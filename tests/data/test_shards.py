@@ -14,7 +14,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from runs_on_disk import write_images
+from runs_on_disk import write_dataset
 
 from upt_fast.cli import main
 from upt_fast.data import (
@@ -36,11 +36,7 @@ CLASSES = ("blue", "green", "red")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("folder")
-    for split, count in (("train", 12), ("val", 2), ("test", 3)):
-        for label, name in enumerate(CLASSES):
-            write_images(root / split / name, 2 - label, count, 100 * label + 10 * len(split))
-    return root
+    return write_dataset(tmp_path_factory.mktemp("folder"), CLASSES, step=50, train=12, val=2, test=3)
 
 
 @pytest.fixture(scope="module")

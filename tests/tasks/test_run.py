@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs_on_disk import Killed, assert_same_run, contents, write_images
+from runs_on_disk import Killed, assert_same_run, compute_in_float64, contents, write_images
 
 from upt_fast.cli.app import main
 from upt_fast.tasks import run as job
 from upt_fast.tasks.grid import read_tasks
 from upt_fast.tasks.run import train_tasks
 from upt_fast.tasks.table import Row, Table, format_table
-from upt_fast.train import setup
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.loop import train
 
@@ -75,13 +74,7 @@ def finished(data, tmp_path_factory):
 
 
 def test_equals_separate_runs_in_float64(data, tmp_path, monkeypatch):
-    load_for = setup.load_for
-
-    def in_float64(*args):
-        clip, options = load_for(*args)
-        return clip, options | {"dtype": "fp64"}
-
-    monkeypatch.setattr(setup, "load_for", in_float64)
+    compute_in_float64(monkeypatch)
     file = write_tasks(tmp_path / "tasks.yaml", data, tasks=MIXED)
     train_tasks(read_tasks(file, str(tmp_path / "out")), tmp_path / "out", progress=False)
     for task in read_tasks(file, str(tmp_path / "alone")):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from runs_on_disk import assert_same_run, contents, killed_after_epoch, write_images
+from runs_on_disk import assert_same_run, compute_in_float64, contents, killed_after_epoch, write_dataset
 
 from upt_fast import FastPromptedCLIP
 from upt_fast.cli import main
@@ -14,29 +14,19 @@ from upt_fast.steps import MicroBatches
 from upt_fast.tasks.grid import read_tasks
 from upt_fast.tasks.run import train_tasks
 from upt_fast.testing import random_clip
-from upt_fast.train import TrainConfig, setup, train, trainer
+from upt_fast.train import TrainConfig, train, trainer
 
 CLASSES = ("blue_thing", "green", "red")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 5), ("val", 2), ("test", 2)):
-        for label, name in enumerate(CLASSES):
-            write_images(root / split / name, 2 - label, count, 100 * label)
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), CLASSES, train=5, val=2, test=2)
 
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    load_for = setup.load_for
-
-    def load(*args):
-        clip, options = load_for(*args)
-        return clip, options | {"dtype": "fp64"}
-
-    monkeypatch.setattr(setup, "load_for", load)
+    compute_in_float64(monkeypatch)
 
 
 def settings(data, out, **changes):

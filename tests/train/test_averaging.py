@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 import yaml
-from runs_on_disk import assert_same_run, killed_after_epoch, write_images
+from runs_on_disk import assert_same_run, compute_in_float64, killed_after_epoch, write_dataset
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from upt_fast.cli import main
 from upt_fast.tasks.grid import read_tasks
 from upt_fast.tasks.run import train_tasks
-from upt_fast.train import TrainConfig, evaluate_run, final, load_run, setup, train
+from upt_fast.train import TrainConfig, evaluate_run, final, load_run, train
 from upt_fast.train.averaging import WeightAverage
 
 CLASSES = ("blue_thing", "green", "red")
@@ -21,11 +21,7 @@ CLASSES = ("blue_thing", "green", "red")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 4), ("val", 2), ("test", 3)):
-        for label, name in enumerate(CLASSES):
-            write_images(root / split / name, 2 - label, count, 100 * label)
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), CLASSES, train=4, val=2, test=3)
 
 
 def settings(data, out, **changes):
@@ -74,13 +70,7 @@ def test_it_is_the_plain_loop_and_pytorch_s():
 
 def test_of_a_run_in_float64(data, tmp_path, monkeypatch):
     """The saved average is that of the weights after each step."""
-    load_for = setup.load_for
-
-    def in_float64(*args):
-        clip, options = load_for(*args)
-        return clip, options | {"dtype": "fp64"}
-
-    monkeypatch.setattr(setup, "load_for", in_float64)
+    compute_in_float64(monkeypatch)
     seen, update = [], WeightAverage.update
 
     def watched(self, model):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs_on_disk import write_images
+from runs_on_disk import write_dataset
 
 from upt_fast.cli import main
 from upt_fast.train import TrainConfig, evaluate_run, load_run, train
@@ -15,11 +15,7 @@ CLASSES = ("blue", "green", "red")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 3), ("test", 5)):
-        for label, name in enumerate(CLASSES):
-            write_images(root / split / name, 2 - label, count, 100 * label + 10 * len(split))
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), CLASSES, step=50, train=3, test=5)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_on_disk import assert_same_run, killed_after_epoch, write_images
+from runs_on_disk import assert_same_run, image_passes, killed_after_epoch, write_dataset
 
 from upt_fast import FastPromptedCLIP
 from upt_fast.cli import main
@@ -24,11 +24,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for seed, (split, count) in enumerate((("train", 4), ("val", 3), ("test", 5))):
-        for label, name in enumerate(("one", "three", "two")):
-            write_images(root / split / name, 2 - label, count, 1000 * seed + 100 * label)
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), ("one", "three", "two"), step=1000, train=4, val=3, test=5)
 
 
 def settings(data: Path, out: Path, store: Path | str, **changes) -> TrainConfig:
@@ -57,22 +53,7 @@ def packs(store: Path) -> list[Path]:
 
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
-    """The sizes of the batches that image towers run, the store's own trial aside."""
-    seen, run, opened = [], VisionTower._features, FixedFeatures._open
-
-    def counted(self, images, *args, **kwargs):
-        seen.append(len(images))
-        return run(self, images, *args, **kwargs)
-
-    def uncounted(self, store):
-        before = len(seen)
-        section = opened(self, store)
-        del seen[before:]
-        return section
-
-    monkeypatch.setattr(VisionTower, "_features", counted)
-    monkeypatch.setattr(FixedFeatures, "_open", uncounted)
-    return seen
+    return image_passes(monkeypatch)
 
 
 def make_model(method: str = "coop", dtype: str = "fp32") -> FastPromptedCLIP:

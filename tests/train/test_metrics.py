@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs_on_disk import write_images
+from runs_on_disk import write_dataset
 
 from upt_fast.cli import main
 from upt_fast.train import TrainConfig, evaluate_run, train
@@ -101,11 +101,7 @@ def test_one_class_and_very_many(tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 3), ("test", 3)):
-        for label, name in enumerate(("blue_thing", "green, dark", "red")):
-            write_images(root / split / name, 2 - label, count, 100 * label)
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), ("blue_thing", "green, dark", "red"), train=3, test=3)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_on_disk import assert_same_run, write_images
+from runs_on_disk import assert_same_run, write_dataset
 
 from upt_fast import FastPromptedCLIP
 from upt_fast.clip.loading import load_clip
@@ -113,9 +113,7 @@ def test_siblings_share_it(tmp_path, passes):
 
 @pytest.mark.parametrize("method", ["vpt_deep", "kgcoop"])
 def test_runs_with_a_store_and_without(tmp_path, passes, method):
-    for split, count in (("train", 4), ("test", 3)):
-        for label, name in enumerate(NAMES):
-            write_images(tmp_path / "data" / split / name, label, count, 100 * label)
+    write_dataset(tmp_path / "data", NAMES, train=4, test=3)
     values = {"data": str(tmp_path / "data"), "clip": "tiny-digits", "method": method, "n_ctx": 4, "shots": 4}
     values |= {"epochs": 2, "batch_size": 4, "lr": 0.02, "device": "cpu", "progress": False}
     counts = {}

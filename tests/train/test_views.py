@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_on_disk import assert_same_run, contents, killed_after_epoch, write_images
+from runs_on_disk import assert_same_run, contents, image_passes, killed_after_epoch, write_dataset
 
 from upt_fast.cli import main
 from upt_fast.clip.loading import load_clip
 from upt_fast.data import AugmentedDataset, BatchedAugmentation, ImageDataset, build_augmentation
 from upt_fast.data.feature_store import FeatureStore
 from upt_fast.data.folder import scan_folder
-from upt_fast.engine.towers.vision import VisionTower
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.tasks.grid import read_tasks
 from upt_fast.tasks.run import train_tasks
@@ -24,11 +23,7 @@ NAMES = ["one", "three", "two"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for seed, (split, count) in enumerate((("train", 5), ("test", 3))):
-        for label, name in enumerate(NAMES):
-            write_images(root / split / name, 2 - label, count, 1000 * seed + 100 * label)
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), NAMES, step=1000, train=5, test=3)
 
 
 def settings(data: Path, out: Path, store: Path | str, **changes) -> TrainConfig:
@@ -39,22 +34,7 @@ def settings(data: Path, out: Path, store: Path | str, **changes) -> TrainConfig
 
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
-    """The sizes of the batches that image towers run, the store's own trial aside."""
-    seen, run, opened = [], VisionTower._features, FixedFeatures._open
-
-    def counted(self, images, *args, **kwargs):
-        seen.append(len(images))
-        return run(self, images, *args, **kwargs)
-
-    def uncounted(self, store):
-        before = len(seen)
-        section = opened(self, store)
-        del seen[before:]
-        return section
-
-    monkeypatch.setattr(VisionTower, "_features", counted)
-    monkeypatch.setattr(FixedFeatures, "_open", uncounted)
-    return seen
+    return image_passes(monkeypatch)
 
 
 def make_images(data: Path, seed: int, views: int | None) -> AugmentedDataset:

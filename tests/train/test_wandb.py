@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
-from runs_on_disk import contents, killed_after_epoch, write_images
+from runs_on_disk import contents, killed_after_epoch, write_dataset
 
 from upt_fast.cli import main
 from upt_fast.train import TrainConfig, loop, train
@@ -15,11 +15,7 @@ from upt_fast.train import TrainConfig, loop, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 3), ("test", 2)):
-        for label, name in enumerate(("blue_thing", "green", "red")):
-            write_images(root / split / name, 2 - label, count, 100 * label)
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data"), ("blue_thing", "green", "red"), train=3, test=2)
 
 
 def settings(data, out, **changes):
