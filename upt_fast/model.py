@@ -156,6 +156,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         other._learn(found, make_config(found, config, options), clean_classnames(names))
         other._forget_features()
         other.set_classnames(names)
+        if other.classnames == self.classnames:
+            other._kept_features = dict(self._kept_features)  # of written texts, whatever is learned
         return other
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
