@@ -17,7 +17,8 @@ import torch
 from common import best_seconds, cost, gemm_rates, inputs, model, step
 from torch.profiler import ProfilerActivity, profile
 
-from upt_fast.engine.cpu import choices, library
+from upt_fast.engine.cpu import library
+from upt_fast.engine.tuning import choices
 
 KINDS = {
     "products with what stands around them": ("upt_fast_cpu::norm_linear", "upt_fast_cpu::linear"),

@@ -11,8 +11,8 @@ from upt_fast import FastPromptedCLIP, MethodConfig, PromptLearner, Prompts, Ref
 from upt_fast.cli import main
 from upt_fast.clip import frozen_clip
 from upt_fast.clip.loading import clip_without_weights
-from upt_fast.engine.cpu import choices
 from upt_fast.engine.flops import Flops
+from upt_fast.engine.tuning import choices
 from upt_fast.methods import BUILTIN_METHODS, find_method, list_methods
 from upt_fast.testing import random_clip
 from upt_fast.tools.step_cost import CPU_ATTENTION, step_cost

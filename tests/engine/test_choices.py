@@ -12,8 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upt_fast.engine.autograd import functions
-from upt_fast.engine.cpu import choices, library
+from upt_fast.engine.cpu import library
 from upt_fast.engine.cpu import ways as cpu_ways
+from upt_fast.engine.tuning import choices, table
+from upt_fast.engine.tuning.machine import machine
 from upt_fast.testing import build, random_clip
 
 REASON = library.refusal(torch.float32)
@@ -23,7 +25,7 @@ REASON = library.refusal(torch.float32)
 def measured(monkeypatch, tmp_path):
     """A machine of which nothing is known yet, and on which ways are timed."""
     monkeypatch.setenv("UPT_FAST_MEASURE", "1")
-    monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(table, "cache_folder", lambda: tmp_path / "cache")
     known = dict(choices._chosen)
     choices.forget()
     yield tmp_path / "cache"
@@ -56,7 +58,7 @@ def test_the_fastest_is_kept(measured):
     assert 1 <= entry["ms"]["quick"] < entry["ms"]["middle"]
     assert choices.choose("b", ways) == "quick"
     assert set(choices.kept()) == {"a", "b"}
-    assert [path.name for path in measured.iterdir() if path.suffix == ".json"] == [choices._file().name]
+    assert [path.name for path in measured.iterdir() if path.suffix == ".json"] == [table.path(machine()).name]
 
 
 def test_the_usual_way_stays_where_another_gains_little(monkeypatch):
@@ -92,7 +94,7 @@ def test_what_fails_is_refused():
     "text", ["", "[]", "{", '{"choices": 3}', '{"choices": {"a": 1}}', '{"choices": {"a": {"choice": "gone"}}}']
 )
 def test_a_damaged_file_is_measured_anew(measured, text):
-    path = choices._file()
+    path = table.path(machine())
     path.parent.mkdir(parents=True)
     path.write_text(text)
     assert choices.choose("a", {"usual": way(0.03), "quick": way(0)}) == "quick"
@@ -132,7 +134,7 @@ def test_measuring_changes_nothing():
 
 SCRIPT = """
 import sys, time, torch
-from upt_fast.engine.cpu import choices
+from upt_fast.engine.tuning import choices
 def way(seconds):
     def run():
         time.sleep(seconds)
@@ -163,7 +165,7 @@ def test_the_machine(monkeypatch):
         choices.forget()
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
         assert choices.machine()["ONEDNN_MAX_CPU_ISA"] == isa
-        files.add(choices._file())
+        files.add(table.path(machine()))
     assert len(files) == 2
 
 

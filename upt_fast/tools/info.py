@@ -16,7 +16,8 @@ def collect() -> dict[str, Any]:
 
     from upt_fast.engine import fp8
     from upt_fast.engine.backends import dispatch
-    from upt_fast.engine.cpu import choices, library
+    from upt_fast.engine.cpu import library
+    from upt_fast.engine.tuning import choices, machine
     from upt_fast.version import __version__
 
     devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
@@ -43,7 +44,7 @@ def collect() -> dict[str, Any]:
         "problem": problem,
         "ops": ops,
         "cpu_ops": {str(d).removeprefix("torch."): library.refusal(d) for d in (torch.float32, torch.bfloat16)},
-        "choices": {"measured": choices.measures(), "machine": choices.machine(), "kept": choices.kept()},
+        "choices": {"measured": choices.measures(), "machine": machine.machine(), "kept": choices.kept()},
         "fp8": {name: fp8.refusal(torch.device(name)) for name in (line.split(": ")[0] for line in devices)},
     }
 

@@ -30,9 +30,9 @@ from upt_fast.data.images import digest_file
 from upt_fast.data.sources import ShardImage
 from upt_fast.data.transforms import build_eval_transform, build_normalize, image_size
 from upt_fast.distributed import ONE_PROCESS, Group
-from upt_fast.engine.cpu import choices
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
+from upt_fast.engine.tuning.machine import processor
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.train.batches import device_of, eval_mode, to_device
 from upt_fast.version import __version__
@@ -236,7 +236,7 @@ def computed_with(model: FastPromptedCLIP, tower: TextTower | VisionTower) -> di
     machine = (
         {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
         if device.type == "cuda"
-        else {**choices.machine(), "threads": torch.get_num_threads()}
+        else {**processor(), "threads": torch.get_num_threads()}
     )
     return {
         "upt_fast": __version__,

@@ -23,7 +23,7 @@ from upt_fast.data.folder import list_folders, scan_folder
 from upt_fast.data.listing import FolderListing
 from upt_fast.data.sampling import FewShotSplit, few_shot_split
 from upt_fast.distributed import ONE_PROCESS, Group
-from upt_fast.engine.cpu import choices
+from upt_fast.engine.tuning import choices
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
 from upt_fast.train.checkpoint import (

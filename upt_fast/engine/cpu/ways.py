@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from upt_fast.engine.cpu import choices
 from upt_fast.engine.cpu.library import ACTIVATIONS, PANELS, pack
+from upt_fast.engine.tuning import choices
 
 EPS = 1e-5
 # a weight's name -> the operations that it is a factor of, forward and backward

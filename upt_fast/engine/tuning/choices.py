@@ -1,9 +1,9 @@
 """Which of several exact ways computes something: timed once on the machine at hand, kept, and recorded by runs.
 
-Ways differ in the order of their sums, so in the last bits, and which is fastest hangs on the processor and the
-libraries, not on a vendor's name. A choice is found once per machine (processor, versions, the environment variables
-that make libraries choose) and kept in the cache folder beside the compiled operations; equal choices give equal bits.
-A training run writes its choices down, and takes them from there when it is resumed.
+Ways differ in the order of their sums, so in the last bits, and which is fastest hangs on the processor or the GPU and
+on the libraries, not on a vendor's name. A choice is found once per machine (machine.py) and kept in a table in the
+cache folder beside the compiled operations; equal choices give equal bits. A training run writes its choices down, and
+takes them from there when it is resumed.
 
 ``UPT_FAST_MEASURE=0`` measures nothing and takes the first way everywhere.
 """
@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from upt_fast.common.closeness import relative_rms
-from upt_fast.common.files import cache_folder, write_text
+from upt_fast.engine.tuning import machine as machines
+from upt_fast.engine.tuning import table
+from upt_fast.engine.tuning.machine import machine
 
 logger = logging.getLogger("upt_fast")
 
@@ -38,15 +35,6 @@ BEHIND = 1.15
 WORTH = 0.97  # of the first way's time: another that takes more is not worth it
 # relative RMS of results against the first way's; ways round in other places
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# what makes libraries choose other code
-VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MKL_CBWR",
-    "MKL_DEBUG_CPU_TYPE",
-)
 
 Way = Callable[[], Sequence[Tensor]]
 _chosen: dict[str, str] = {}  # by this process
@@ -54,7 +42,7 @@ _measured: dict[str, dict[str, Any]] = {}
 
 
 def choose(key: str, ways: Mapping[str, Way]) -> str:
-    """The name of the fastest of several ways to the same results.
+    """The name of the fastest of several ways to the same results, on the CPU.
 
     Args:
         key: what is computed, with everything that the choice may hang on beside the machine: sizes, dtype, threads.
@@ -79,9 +67,40 @@ def measures() -> bool:
     return os.environ.get("UPT_FAST_MEASURE", "") != "0"
 
 
+def find(key: str, kind: str = "cpu") -> str | None:
+    """The choice that this process has taken or taken up, else the one that was measured here before, if any."""
+    if key not in _chosen and measures():
+        entry = kept(kind).get(key)
+        if entry is None:
+            return None
+        _chosen[key] = entry["choice"]
+    return _chosen.get(key)
+
+
+def take(key: str, name: str) -> None:
+    """Choose from now on, in this process, what somebody else has found."""
+    _chosen[key] = name
+
+
+def keep(key: str, entry: Mapping[str, Any], kind: str = "cpu") -> None:
+    """Choose what was measured, in this process and, where there is a place for it, in those to come.
+
+    Args:
+        key: see :func:`choose`.
+        entry: "choice", "usual", "ms" of each way, "refused": why others are not; and what else is to be known.
+        kind: of device.
+    """
+    _chosen[key], _measured[key] = str(entry["choice"]), dict(entry)
+    try:
+        with _locked():
+            table.write(machine(kind), table.read(machine(kind)) | {key: dict(entry)})
+    except OSError as error:
+        logger.warning("what was measured is not kept: %s", error)
+
+
 def record() -> dict[str, Any]:
     """The machine and what this process has chosen on it, to be written down by a run."""
-    return {"machine": machine(), "choices": dict(sorted(_chosen.items()))}
+    return {"machine": _here(), "choices": dict(sorted(_chosen.items()))}
 
 
 def restore(recorded: Mapping[str, Any]) -> None:
@@ -93,11 +112,12 @@ def restore(recorded: Mapping[str, Any]) -> None:
     there, found = recorded.get("machine"), recorded.get("choices")
     if not isinstance(there, Mapping) or not isinstance(found, Mapping):
         raise ValueError("recorded choices are damaged; wanted a 'machine' and its 'choices'")
-    if differ := [name for name, value in machine().items() if there.get(name) != value]:
-        here = machine()
+    here = _here()
+    if differ := [name for name, value in here.items() if name in there and there[name] != value]:
         logger.warning(
-            "this run began on another machine (%s): from here on its numbers may differ in the last bits",
-            "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} here" for name in differ),
+            "this run began on another machine or with other versions (%s): from here on its numbers may differ in the "
+            "last bits",
+            "; ".join(f"{name}: {there[name]!r} there, {here[name]!r} here" for name in differ),
         )
     _chosen.update({str(key): str(name) for key, name in found.items()})
 
@@ -106,65 +126,38 @@ def forget() -> None:
     """Choose anew in this process."""
     _chosen.clear()
     _measured.clear()
-    machine.cache_clear()
+    machines.forget()
 
 
-def kept() -> dict[str, dict[str, Any]]:
+def kept(kind: str = "cpu") -> dict[str, dict[str, Any]]:
     """What is known of this machine: key -> its choice, the usual way, milliseconds or the refusal of each way."""
-    return {**_read(_file()), **_measured}
+    return {**table.read(machine(kind)), **_measured}
 
 
-@cache
-def machine() -> dict[str, str]:
-    """What choices hang on, beside their keys."""
-    found = {
-        "processor": _processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "compiled": "off" if os.environ.get("UPT_FAST_CPU_OPS", "") == "0" else "on",
-    }
-    return found | {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+def _here() -> dict[str, str]:
+    """The processor, and the GPU where there is one."""
+    return machine() | (machines.gpu() if torch.cuda.is_available() else {})
 
 
-def _processor() -> str:
-    """The processor's name and a digest of what it can do: virtual machines hide parts of it."""
-    fields: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    what = " ".join(fields.get(field, "") for field in ("cpu family", "model", "stepping", "flags"))
-    return f"{name} ({hashlib.sha256(what.encode()).hexdigest()[:8]})"
-
-
-def _file() -> Path:
-    digest = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"choices-{digest}.json"
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a file of choices; none of one that is missing or damaged: they are measured again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["choices"]
-        return {key: dict(value) for key, value in found.items() if isinstance(value["choice"], str)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """One process at a time; the kernel drops the lock with a process that dies."""
+    folder = table.path(machine()).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".choices-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _kept_or_measured(key: str, ways: Mapping[str, Way]) -> str:
-    path = _file()
-    entry = _read(path).get(key)
+    entry = table.read(machine()).get(key)
     if entry is not None and entry["choice"] in ways:
         return entry["choice"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one process measures for those that start with it; the kernel drops the lock with a process that dies
-    with open(path.parent / ".choices-lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        entries = _read(path)
+    with _locked():  # one process measures for those that start with it
+        entries = table.read(machine())
         if key not in entries or entries[key]["choice"] not in ways:
             entries[key] = _measure(key, ways)
-            write_text(path, json.dumps({"machine": machine(), "choices": entries}, indent=1) + "\n")
+            table.write(machine(), entries)
         return entries[key]["choice"]
 
 

@@ -1,0 +1,1 @@
+"""What is fastest on the machine at hand: measured there, kept, and recorded by runs."""
