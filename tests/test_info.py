@@ -22,12 +22,14 @@ def test_collect():
         assert op["backend"] in dispatch.OPS[name]
         assert {op["backend"], *op["refused"]} == set(dispatch.BACKENDS)
         assert all(op["refused"].values())
+    assert found["auto"].keys() == found["cpu_ops"].keys()
     compiled = "torch" if found["cpu_ops"]["float32"] or torch.cuda.is_available() else "compiled"
     assert {name: found["ops"][name]["backend"] for name in ("linear", "mlp", "block")} == {
         "linear": "torch",
         "mlp": compiled,
         "block": compiled,
     }
+    assert found["auto"]["float32"] == compiled
 
 
 def test_a_package_that_is_missing(monkeypatch):
@@ -46,6 +48,8 @@ def test_json_and_text_agree(capsys):
         assert f"{package} {version}" in text
     for op, choice in found["ops"].items():
         assert f"op {op}: {choice['backend']}\n" in text
+    for dtype, backend in found["auto"].items():
+        assert f"auto, ViT-B/16, {dtype}: {backend}\n" in text
     for backend, reasons in choice["refused"].items():
         assert f"not {backend}: {'; '.join(reasons)}" in text
 
@@ -61,6 +65,18 @@ def test_bad_environment(monkeypatch, capsys, name, why, as_json):
     assert why in out
 
 
+def test_each_tower_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "refusals", lambda *_: [])
+    monkeypatch.setenv("UPT_FAST_BACKEND", "triton/torch")
+    found = info.collect()
+    assert found["ops"]["layer_norm"]["backend"] == "triton"
+    assert found["text_ops"]["layer_norm"]["backend"] == "torch"
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "op layer_norm: triton\n" in out
+    assert "op layer_norm of the text tower: torch\n" in out
+
+
 def test_the_named_backend_is_shown(monkeypatch):
     monkeypatch.setattr(dispatch, "refusals", lambda *_: [])
     monkeypatch.setenv("UPT_FAST_BACKEND", "triton,xformers")
@@ -70,5 +86,6 @@ def test_the_named_backend_is_shown(monkeypatch):
     assert ops["linear"]["backend"] == "torch"
     assert ops["mlp"]["backend"] == "torch"
     assert ops["mlp"]["refused"]["compiled"] == ["the backend asked for is triton,xformers"]
+    assert info.collect()["text_ops"] == {}
     assert ops["layer_norm"]["refused"]["torch"] == ["the backend asked for is triton,xformers"]
     assert ops["layer_norm"]["refused"]["xformers"] == ["has no implementation of this op"]

@@ -15,6 +15,7 @@ from upt_fast.common.checks import require_choice, require_int
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.graphs import GraphedStep
+from upt_fast.engine.towers import routes
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
@@ -53,8 +54,10 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
             all reductions stay in float32 beside half precision. "fp8": as "bf16", but the products of the blocks with
             their frozen weights take both factors in float8_e4m3fn (engine/fp8.py); not exact, about 4 % off in each.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
-        backend: "auto": per op the fastest that was measured on this kind of device; or "torch", "triton", "xformers",
-            "triton,xformers", which never fall back (upt_fast/engine/backends/dispatch.py).
+        backend: who computes the operations. "auto": the compiled CPU operations where they run, else PyTorch's; or
+            "torch", "compiled", "triton", "xformers", several with commas ("triton,xformers"), which never fall back.
+            OP=NAME among them overrides who computes one operation ("triton,linear_gelu=torch"), a slash gives the
+            image tower and the text tower different ones ("torch/compiled"); see upt_fast/engine/backends/asked.py.
         text_batch: for methods whose texts depend on the image: images whose texts run at once; more are computed
             group by group, and again in backward. None: as many as need 512 MiB.
         options: the fields of the method's config (upt_fast/methods).
@@ -94,12 +97,13 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         if self.quantized:
             fp8.require(clip.device)
             dtype = fp8.ROWS
-        self._asked = dispatch.resolve(backend)
-        self.backend = str(self._asked)
+        self._asked = asked = dispatch.resolve(backend)
+        routes.check(asked)
+        self.backend = str(asked)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
-        self.text_tower = TextTower(clip.text, dtype, memory, self._asked, self.quantized)
-        self.vision_tower = VisionTower(clip.vision, dtype, memory, self._asked, self.quantized)
+        self.text_tower = TextTower(clip.text, dtype, memory, asked.texts, self.quantized)
+        self.vision_tower = VisionTower(clip.vision, dtype, memory, asked.images, self.quantized)
         # scalars stay in single precision beside half-precision towers, as the learner does
         scalars = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
@@ -126,7 +130,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         self.prompt_learner = method.load()(config, setting)
         self.prompt_learner.place(self.logit_scale.device, self.logit_scale.dtype)
         if hasattr(self.prompt_learner, "backend"):
-            object.__setattr__(self.prompt_learner, "backend", self.backend)  # past nn.Module's types
+            object.__setattr__(self.prompt_learner, "backend", str(self._asked.images))  # past nn.Module's types
         use_released_names(self)
 
     def sibling(
@@ -161,8 +165,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         return other
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        if self.quantized:  # before anything has changed
-            fp8.check_apply(fn, self.logit_scale.device)
+        for tower in (self.text_tower, self.vision_tower):
+            tower.check_move(fn)  # before anything has changed
         self._forget_features()
         return super()._apply(fn, recurse)
 
@@ -224,7 +228,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
             classes = self._class_features(prompts)
         features = self._image_features(images, image_features, prompts, normalize=False)
         self._join_texts()
-        return ops.contrastive_loss(features, classes, self.logit_scale.exp(), labels, backend=self._asked).mean()
+        scale, backend = self.logit_scale.exp(), self._asked.images
+        return ops.contrastive_loss(features, classes, scale, labels, backend=backend).mean()
 
     def loss_and_logits(
         self,

@@ -42,7 +42,7 @@ def tasks(machine: Machine, clips: Clips) -> list[Task]:
     if machine.dry:  # one of each op; part "sanitizer" runs the others
         cases = list({case.op: case for case in small_cases()}.values())
     for case in cases:
-        backends = [name for name in dispatch.OPS[case.op] if name in dispatch.NAMED and name != "torch"]
+        backends = [name for name in dispatch.OPS[case.op] if name not in ("torch", "compiled")]
         for dtype in case.dtypes[:1] if machine.dry else case.dtypes:
             for provider in ("torch", *backends, "compiled"):
                 name = str(dtype).removeprefix("torch.")

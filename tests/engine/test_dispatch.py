@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from upt_fast.engine import ops
-from upt_fast.engine.backends import compiled, dispatch, packages, xformers
+from upt_fast.engine.autograd import composing
+from upt_fast.engine.backends import compiled, dispatch, packages, pytorch, xformers
+from upt_fast.engine.backends.asked import TORCH, UNASKED, Asked
 
 X = torch.randn(2, 5)
 ON_CPU = not torch.cuda.is_available()
@@ -38,17 +40,29 @@ def test_order_of_argument_environment_and_auto(monkeypatch):
     assert str(dispatch.resolve()) == "auto"
     monkeypatch.setenv("UPT_FAST_BACKEND", "triton")
     assert str(dispatch.resolve()) == "triton"
-    assert dispatch.resolve("torch") == dispatch.TORCH
+    assert dispatch.resolve("torch") == (TORCH, TORCH)
     monkeypatch.setenv("UPT_FAST_BACKEND", "")
     assert str(dispatch.resolve()) == "auto"
     monkeypatch.setenv("UPT_FAST_BACKEND", "auto")
     assert str(dispatch.resolve()) == "auto"
 
 
-@pytest.mark.parametrize("name", ["fpga", "triton,fpga", "triton;xformers", ","])
-def test_unknown_names(name):
-    with pytest.raises(ValueError, match="wanted 'auto', one of 'triton', 'xformers', 'torch'"):
-        dispatch.resolve(name)
+def test_the_environment_takes_the_same_words(monkeypatch):
+    monkeypatch.setenv("UPT_FAST_BACKEND", "triton,linear_gelu=torch/torch")
+    assert str(dispatch.resolve()) == "triton,linear_gelu=torch/torch"
+    monkeypatch.setenv("UPT_FAST_BACKEND", "triton,linear=fpga")
+    with pytest.raises(ValueError, match=r"^UPT_FAST_BACKEND='triton,linear=fpga': no backend 'fpga'; wanted"):
+        dispatch.resolve()
+
+
+def test_a_backend_that_runs_on_the_cpu_alone(monkeypatch):
+    """A machine with a GPU has a CPU, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "refusals", lambda name, device, *_: [] if device == "cpu" else [f"{device} (cpu)"])
+    assert str(dispatch.resolve("compiled")) == "compiled"
+    monkeypatch.setattr(dispatch, "refusals", lambda name, device, *_: [f"{device} (none)"])
+    with pytest.raises(ValueError, match=r"backend='compiled' cannot run here: compiled: cuda \(none\)$"):
+        dispatch.resolve("compiled")
 
 
 @pytest.mark.skipif(not ON_CPU, reason="xformers runs here")
@@ -66,11 +80,14 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
         ops.layer_norm(X, 1e-5, "triton")
 
 
-def test_auto_takes_what_was_measured(monkeypatch):
-    assert dispatch.choose("layer_norm", "auto", X) == "torch"
-    monkeypatch.setitem(dispatch.MEASURED, ("layer_norm", "cpu"), "triton")
-    assert dispatch.choose("layer_norm", "auto", X) == "triton"
-    assert dispatch.choose("layer_norm", "torch", X) == "torch"
+def test_who_computes_one_op():
+    assert dispatch.choose("layer_norm", "triton", X) == "triton"
+    assert dispatch.choose("layer_norm", "triton,layer_norm=torch", X) == "torch"
+    assert dispatch.choose("activation", "triton,layer_norm=torch", X) == "triton"
+    assert dispatch.choose("layer_norm", "layer_norm=triton", X) == "triton"
+    assert dispatch.choose("activation", "layer_norm=triton", X) == "torch"
+    with pytest.raises(ValueError, match=r"no backend for layer_norm\n.*\n    triton: float64"):
+        dispatch.choose("layer_norm", "torch,layer_norm=triton", X.double())
 
 
 def test_a_named_backend_never_falls_back():
@@ -94,34 +111,43 @@ def test_what_the_compiled_operations_refuse(monkeypatch):
     assert compiled.refusals("cpu", torch.float32, width=128) == ["width 128 (run from 256)"]
     monkeypatch.setenv("UPT_FAST_CPU_OPS", "0")
     assert dispatch.refusals("compiled", "cpu") == ["UPT_FAST_CPU_OPS=0"]
-    assert dispatch.explain("mlp", "cpu")[0] == "torch"
-    assert dispatch.explain("mlp", "cpu")[1]["compiled"] == ["UPT_FAST_CPU_OPS=0"]
+    assert dispatch.explain("mlp", "cpu", UNASKED)[0] == "torch"
+    assert dispatch.explain("mlp", "cpu", UNASKED)[1]["compiled"] == ["UPT_FAST_CPU_OPS=0"]
 
 
 @pytest.mark.parametrize(
     ("asked", "chosen", "reasons"),
     [
-        ("", "compiled", {"torch": "runs where the compiled operations do not: narrow towers, other dtypes"}),
-        ("torch", "compiled", {"triton": "has no implementation of this op"}),
+        ("auto", "compiled", {"torch": "runs where the compiled operations do not: narrow towers, other dtypes"}),
+        ("compiled", "compiled", {"torch": "the backend asked for is compiled"}),
+        ("torch", "torch", {"compiled": "the backend asked for is torch"}),
         ("triton", "torch", {"compiled": "the backend asked for is triton"}),
     ],
 )
-def test_compiled_operations_stand_in_for_torch(monkeypatch, asked, chosen, reasons):
-    """Where they run, and where no kernels were asked for, which work on streams with plain weights."""
-    monkeypatch.setenv("UPT_FAST_BACKEND", asked)
+def test_explained(monkeypatch, asked, chosen, reasons):
     monkeypatch.setattr(dispatch, "refusals", lambda *_: [])
     for op in ("norm_linear", "linear_residual", "mlp", "block"):
-        found, refused = dispatch.explain(op, "cpu")
+        found, refused = dispatch.explain(op, "cpu", Asked.of(asked))
         assert found == chosen
+        assert refused["triton"] == ["has no implementation of this op"]
         assert {name: refused[name] for name in reasons} == {name: [reason] for name, reason in reasons.items()}
-    assert dispatch.explain("linear", "cpu")[0] == "torch"
-    # of the prompts' own rows, on streams too, unless a kernel has it
-    assert dispatch.explain("packed_attention", "cpu")[0] == ("triton" if asked == "triton" else "compiled")
+    assert dispatch.explain("linear", "cpu", Asked.of(asked))[0] == "torch"
+    assert dispatch.explain("packed_attention", "cpu", Asked.of(asked))[0] == (asked if asked == "triton" else chosen)
 
 
-def test_compiled_is_no_ones_to_name():
-    with pytest.raises(ValueError, match="wanted 'auto', one of 'triton', 'xformers', 'torch'"):
-        dispatch.resolve("compiled")
+@pytest.mark.skipif(bool(dispatch.refusals("compiled", "cpu", torch.float32)), reason="no compiled operations")
+def test_who_attends_packed_rows():
+    """ "auto" takes the compiled operation where it runs, "torch" never."""
+    q = torch.randn(3, 4, 64)
+    for asked, wide, narrow in (("auto", compiled, pytorch), ("torch", pytorch, pytorch)):
+        assert dispatch.find("packed_attention", asked, q, q) is wide
+        assert dispatch.find("packed_attention", asked, q.double(), q.double()) is pytorch
+        assert dispatch.find("packed_attention", asked, q[:, :1], q[:, :1]) is narrow
+    assert dispatch.find("packed_attention", "compiled", q, q) is compiled
+    with composing.composable():
+        assert dispatch.find("packed_attention", "compiled", q, q) is pytorch
+    with pytest.raises(ValueError, match=r"no backend for packed_attention\n.*\n    compiled: float64 \(take"):
+        dispatch.find("packed_attention", "compiled", q.double(), q.double())
 
 
 def test_a_package_that_is_not_there(monkeypatch):

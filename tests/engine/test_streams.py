@@ -17,7 +17,7 @@ from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.common.closeness import relative_rms
 from upt_fast.engine.backends.dispatch import Asked
 from upt_fast.engine.layout import PackedTiles
-from upt_fast.engine.towers.routes import Streams
+from upt_fast.engine.towers.streams import Streams
 from upt_fast.testing import random_clip, xformers_on_cpu
 from upt_fast.tools.verify import run_verify
 

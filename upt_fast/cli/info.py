@@ -30,10 +30,13 @@ def run(options: Namespace) -> int:
         print(f"device {device}")
     if found["problem"]:
         print(f"error: {found['problem']}")
-    for op, choice in found["ops"].items():
-        print(f"op {op}: {choice['backend']}")
-        for backend, reasons in choice["refused"].items():
-            print(f"    not {backend}: {'; '.join(reasons)}")
+    for dtype, backend in found["auto"].items():
+        print(f"auto, ViT-B/16, {dtype}: {backend}")
+    for tower, ops in (("", found["ops"]), (" of the text tower", found["text_ops"])):
+        for op, choice in ops.items():
+            print(f"op {op}{tower}: {choice['backend']}")
+            for backend, reasons in choice["refused"].items():
+                print(f"    not {backend}: {'; '.join(reasons)}")
     for dtype, reason in found["cpu_ops"].items():
         print(f"compiled CPU operations, {dtype}: {reason or 'used by wide towers'}")
     print(_describe_choices(**found["choices"]))

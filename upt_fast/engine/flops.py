@@ -8,7 +8,7 @@ and sums. The CLIP is frozen, so that
 
 and backward has them only where prompts stand before the rows. What flash attention computes again is not counted.
 
-The engine's formulas follow towers/routes.py with ``memory="fast"``, and ``again`` says what other levels add; the
+The engine's formulas follow towers/rows.py with ``memory="fast"``, and ``again`` says what other levels add; the
 plain ones follow reference/base.py: all tokens of each class and each image, prompts as rows of every sequence. What
 they are given is read in tools/step_cost.py and steps/planning.py.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from upt_fast.engine.autograd import composing
 from upt_fast.engine.backends import dispatch, pytorch
-from upt_fast.engine.backends.dispatch import TORCH, Asked
+from upt_fast.engine.backends.asked import UNASKED, Asked
 from upt_fast.engine.layout import BufferPlaces, PackedLayout, PackedTiles
 from upt_fast.engine.workspace import Workspace
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from upt_fast.engine.weights import BlockWeights, Packed, Plain
 
 
-def layer_norm(x: Tensor, eps: float, backend: Asked | str = TORCH) -> Tensor:
+def layer_norm(x: Tensor, eps: float, backend: Asked | str = UNASKED) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last dimension; the affine lives in the next linear.
 
     Args:
@@ -33,7 +33,7 @@ def layer_norm(x: Tensor, eps: float, backend: Asked | str = TORCH) -> Tensor:
     return dispatch.find("layer_norm", backend, x).layer_norm(x, eps)
 
 
-def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: Asked | str = TORCH) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: Asked | str = UNASKED) -> tuple[Tensor, Tensor]:
     """x + y, and the same normalised as by :func:`layer_norm`.
 
     Args:
@@ -46,7 +46,7 @@ def add_layer_norm(x: Tensor, y: Tensor, eps: float, backend: Asked | str = TORC
 
 
 def prompt_insert(
-    x: Tensor, y: Tensor | None, prompts: Tensor, set_index: Tensor | None, eps: float, backend: Asked | str = TORCH
+    x: Tensor, y: Tensor | None, prompts: Tensor, set_index: Tensor | None, eps: float, backend: Asked | str = UNASKED
 ) -> tuple[Tensor, Tensor]:
     """Prompts into the stream's reserved rows, the pending residual to the others, both normalised.
 
@@ -64,7 +64,7 @@ def prompt_insert(
     return dispatch.find("prompt_insert", backend, x).prompt_insert(x, y, prompts, set_index, eps)
 
 
-def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: Asked | str = TORCH) -> Tensor:
+def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: Asked | str = UNASKED) -> Tensor:
     """Rows of packed sequences behind the rows that the sequences of each set share, in one buffer.
 
     Args:
@@ -78,7 +78,7 @@ def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces, backend: As
     return dispatch.find("insert_shared", backend, own).insert_shared(own, shared, places)
 
 
-def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: Asked | str = TORCH) -> Tensor:
+def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: Asked | str = UNASKED) -> Tensor:
     """Attention without mask.
 
     Args:
@@ -93,7 +93,7 @@ def stream_attention(q: Tensor, k: Tensor, v: Tensor, backend: Asked | str = TOR
 
 
 def buffer_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int, backend: Asked | str = TORCH
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, prefix: int, backend: Asked | str = UNASKED
 ) -> Tensor:
     """Causal attention of packed class rows over buffers that :func:`insert_shared` filled.
 
@@ -110,7 +110,7 @@ def buffer_attention(
     return dispatch.find("buffer_attention", backend, q).buffer_attention(q, k, v, layout, prefix)
 
 
-def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: Asked | str = TORCH) -> Tensor:
+def activation(u: Tensor, kind: str, bias: Tensor | None = None, backend: Asked | str = UNASKED) -> Tensor:
     """The MLP's activation, elementwise.
 
     Args:
@@ -157,7 +157,7 @@ def linear_gelu(
     proj_bias: Tensor,
     kind: str,
     recompute: bool = False,
-    backend: Asked | str = TORCH,
+    backend: Asked | str = UNASKED,
 ) -> Tensor:
     """W_2 act(W_1 h + b_1) + b_2 for frozen weights: an MLP without its LayerNorm and its residual.
 
@@ -270,7 +270,7 @@ def prefix_attention(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     set_index: Tensor | None = None,
-    backend: Asked | str = TORCH,
+    backend: Asked | str = UNASKED,
 ) -> Tensor:
     """Attention of each image's queries over [shared prefix ; own rows], without mask.
 
@@ -309,7 +309,7 @@ def packed_attention(
     prefix_k: Tensor,
     prefix_v: Tensor,
     layout: PackedLayout,
-    backend: Asked | str = TORCH,
+    backend: Asked | str = UNASKED,
     tiles: PackedTiles | None = None,
 ) -> Tensor:
     """Causal attention of packed class rows over [the set's shared prefix ; the class's own rows so far].
@@ -329,7 +329,7 @@ def packed_attention(
     found = dispatch.find("packed_attention", backend, q, k, v, prefix_k, prefix_v)
     if found is pytorch and composing.autocasts(q.device.type):  # its sums are in float32
         with torch.autocast(q.device.type, enabled=False):
-            return packed_attention(q, k, v, prefix_k, prefix_v, layout)
+            return packed_attention(q, k, v, prefix_k, prefix_v, layout, backend)
     return found.packed_attention(q, k, v, prefix_k, prefix_v, layout, tiles)
 
 
@@ -339,7 +339,7 @@ def contrastive_loss(
     logit_scale: Tensor | float,
     labels: Tensor,
     class_ranges: Tensor | None = None,
-    backend: Asked | str = TORCH,
+    backend: Asked | str = UNASKED,
 ) -> Tensor:
     """Cross-entropy of each image over scaled cosines with the classes of its range (CLIP, arXiv 2103.00020).
 

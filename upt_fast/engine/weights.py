@@ -20,7 +20,7 @@ from upt_fast.engine.autograd.attention import CompiledAttention, FlashAttention
 from upt_fast.engine.autograd.frozen_block import MLP, Block
 from upt_fast.engine.autograd.products import PackedProduct, PlainProduct
 from upt_fast.engine.backends import compiled, pytorch
-from upt_fast.engine.backends.dispatch import TORCH, Asked
+from upt_fast.engine.backends.asked import TORCH, Asked
 from upt_fast.engine.cpu.library import PANELS, pack
 from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.workspace import Workspace

@@ -33,7 +33,7 @@ class UnifiedPromptLearner(PromptLearner):
         super().__init__(config, setting)
         self.n_text, self.class_token_position = config.n_text, config.class_token_position
         self.depth_text, self.depth_vision = config.depths(setting.text_layers, setting.vision_layers)
-        self.backend = "torch"  # of the transform; the model that owns the learner sets its own
+        self.backend = "torch"  # of the transform; the model that owns the learner sets that of its image tower
         width, vision_width = setting.text_width, setting.vision_width
         if config.joint:
             layers = (self.depth_text, self.depth_vision) if config.layerwise else (1, 1)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upt_fast.engine.backends.asked import Asked
 
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "open_clip_torch", "timm", "safetensors", "numpy")
+VIT_B16 = (768, 12), (512, 8)  # width and heads of the image tower, of the text tower
 
 
 def collect() -> dict[str, Any]:
@@ -17,20 +21,25 @@ def collect() -> dict[str, Any]:
     from upt_fast.engine import fp8
     from upt_fast.engine.backends import dispatch
     from upt_fast.engine.cpu import library
+    from upt_fast.engine.towers import routes
     from upt_fast.engine.tuning import choices, machine
     from upt_fast.version import __version__
 
+    dtypes = torch.float32, torch.bfloat16
     devices = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     requested = os.environ.get("UPT_FAST_BACKEND", "")
-    ops, problem = {}, ""
+    ops: dict[str, Any] = {}
+    text_ops: dict[str, Any] = {}
+    problem = ""
     try:
-        for op in dispatch.OPS:
-            chosen, refused = dispatch.explain(op, device)
-            ops[op] = {"backend": chosen, "refused": refused}
+        images, texts = asked = dispatch.resolve()
+        routes.check(asked)
+        ops = _explain(images, device)
+        text_ops = {} if images == texts else _explain(texts, device)
     except ValueError as error:
         problem = str(error)
     return {
@@ -42,11 +51,21 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "UPT_FAST_BACKEND": requested,
         "problem": problem,
+        "auto": {str(d).removeprefix("torch."): dispatch.safe(device, d, *VIT_B16) for d in dtypes},
         "ops": ops,
-        "cpu_ops": {str(d).removeprefix("torch."): library.refusal(d) for d in (torch.float32, torch.bfloat16)},
+        "text_ops": text_ops,
+        "cpu_ops": {str(d).removeprefix("torch."): library.refusal(d) for d in dtypes},
         "choices": {"measured": choices.measures(), "machine": machine.machine(), "kept": choices.kept()},
         "fp8": {name: fp8.refusal(torch.device(name)) for name in (line.split(": ")[0] for line in devices)},
     }
+
+
+def _explain(asked: Asked, device: str) -> dict[str, Any]:
+    """For each op who computes it, and why the others do not."""
+    from upt_fast.engine.backends import dispatch
+
+    found = {op: dispatch.explain(op, device, asked) for op in dispatch.OPS}
+    return {op: {"backend": chosen, "refused": refused} for op, (chosen, refused) in found.items()}
 
 
 def _version(package: str) -> str:

@@ -51,7 +51,7 @@ class FrozenBlocks(nn.Module):
         super().__init__()
         self.num_layers, self.num_heads, self.activation, self.memory = len(blocks), num_heads, activation, memory
         self.width = blocks[0].out_proj_weight.shape[0]
-        self.packs, self.length = packs, length
+        self.packs, self.length, self.quantized = packs, length, quantized
         self._pool = MemoryPool()
         self.eps_1 = tuple(b.ln_1.eps for b in blocks)
         self.eps_2 = tuple(b.ln_2.eps for b in blocks)
@@ -59,7 +59,7 @@ class FrozenBlocks(nn.Module):
         folded = [self.stack.fold(b, num_heads, activation, dtype) for b in blocks]
         for name in list(folded[0]):
             self.register_buffer(name, torch.stack([f.pop(name) for f in folded]), persistent=False)
-        self.stack = self.stack.placed(self, length)
+        self.stack = self.stack.placed(self, packs)
 
     qkv_weight: Tensor  # (L, 3D, D) rows q, k, v
     qkv_bias: Tensor  # (L, 3D) zero for k and v
@@ -76,6 +76,10 @@ class FrozenBlocks(nn.Module):
     def layer(self, i: int) -> BlockWeights:
         """The weights of layer i, views of the buffers."""
         return self.stack.layer(self, i)
+
+    def stack_for(self, packs: bool) -> PlainStack:
+        """The kind of weights where the compiled operations may have their own, or may not; today's if it is that."""
+        return self.stack if packs == self.packs else self.stack.placed(self, packs)
 
     def prompt_kv(self, prompts: Tensor, first: int = 0) -> Tensor:
         """Keys and values of prompts that act as nothing else, of several layers in one product.
@@ -124,5 +128,5 @@ class FrozenBlocks(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenBlocks:
         self.stack.check_move(fn, self)
         super()._apply(fn, recurse)
-        self.stack = self.stack.placed(self, self.length)
+        self.stack = self.stack.placed(self, self.packs)
         return self

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upt_fast.engine import ops
+from upt_fast.engine.backends.asked import Asked
 from upt_fast.engine.layout import PackedLayout
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.packing import PackedClasses, RepeatedClasses
@@ -40,10 +41,12 @@ class TextPrompts:
         blocks: the text tower's.
         prompts: (depth, S, P, d), prompts[i] entering layer i.
         packed: the classes.
+        asked: who computes attention of the prompts' own rows.
     """
 
-    def __init__(self, blocks: FrozenBlocks, prompts: Tensor, packed: Packed) -> None:
+    def __init__(self, blocks: FrozenBlocks, prompts: Tensor, packed: Packed, asked: Asked) -> None:
         assert packed.sos_kv is not None
+        self.asked = asked
         self.blocks, self.sos_kv = blocks, packed.sos_kv
         self.depth, sets, self.length = prompts.shape[:3]
         positions = F.pad(packed.prompt_positions[None, None], (0, 0, 0, 0, 0, 0, 0, self.depth - 1))  # of layer 0
@@ -74,6 +77,6 @@ class TextPrompts:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layout = PackedLayout((((sets, length),),))
             q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-            return ops.packed_attention(q, k, v, sos_k, sos_v, layout).view(sets, length, *q.shape[1:])
+            return ops.packed_attention(q, k, v, sos_k, sos_v, layout, self.asked).view(sets, length, *q.shape[1:])
 
         return self.blocks.layer(i).by_ops(rows, attend, self.blocks.memory, workspace, i)

@@ -37,17 +37,17 @@ class PlainStack:
         """One block's buffers by name."""
         return fold_block(block, num_heads, activation, dtype)
 
-    def placed(self, blocks: FrozenBlocks, length: int) -> PlainStack:
-        """The kind for the place where the buffers are now; length: rows of an image, 0: those of class names."""
+    def placed(self, blocks: FrozenBlocks, packs: bool) -> PlainStack:
+        """The kind for the place where the buffers are now; packs: whether the compiled operations may have theirs."""
         weight = blocks.qkv_weight
         if weight.device.type != "cpu" or not has_data(weight):
             return PlainStack()
         if weight.dtype == torch.float32:
             ways.float32_product()  # now, so that a run can write it down
             counted.register_onednn()
-        if not blocks.packs or compiled.refusals("cpu", weight.dtype, width=blocks.width, num_heads=blocks.num_heads):
+        if not packs or compiled.refusals("cpu", weight.dtype, width=blocks.width, num_heads=blocks.num_heads):
             return PlainStack()
-        return PackedStack(blocks, length)
+        return PackedStack(blocks)
 
     def layer(self, blocks: FrozenBlocks, i: int) -> BlockWeights:
         """The weights of layer i."""
@@ -79,7 +79,8 @@ class PlainStack:
 class PackedStack(PlainStack):
     """Beside the plain weights those of all layers packed for the compiled operations."""
 
-    def __init__(self, blocks: FrozenBlocks, length: int) -> None:
+    def __init__(self, blocks: FrozenBlocks) -> None:
+        length = blocks.length
         rows = min(TYPICAL_BATCH * length, MOST_ROWS) or TEXT_ROWS
         dtype, width, last = blocks.qkv_weight.dtype, blocks.width, blocks.num_layers - 1
         self.attention = CompiledAttention(bool(length) and ways.fills(blocks.num_heads, width, length, dtype))
@@ -121,7 +122,7 @@ class Fp8Stack(PlainStack):
                 found[f"{name}_{field}"] = value
         return found
 
-    def placed(self, blocks: FrozenBlocks, length: int) -> PlainStack:
+    def placed(self, blocks: FrozenBlocks, packs: bool) -> PlainStack:
         return self
 
     def layer(self, blocks: FrozenBlocks, i: int) -> BlockWeights:

@@ -11,22 +11,24 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from upt_fast.clip.frozen import FrozenText
 from upt_fast.clip.tokens import ClassTokens
 from upt_fast.engine.autograd import composing
-from upt_fast.engine.backends.dispatch import TORCH, Asked
+from upt_fast.engine.backends import dispatch
+from upt_fast.engine.backends.asked import UNASKED, Asked
 from upt_fast.engine.memory import Need, tower_need
 from upt_fast.engine.towers import routes
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.folding import FrozenHead
 from upt_fast.engine.towers.packing import PackedClasses
 from upt_fast.engine.towers.prompts import Packed
+from upt_fast.engine.towers.tower import Tower
 from upt_fast.engine.workspace import Workspace
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """A frozen causal text tower with prompts.
 
     Args:
@@ -42,13 +44,14 @@ class TextTower(nn.Module):
         text: FrozenText,
         dtype: torch.dtype,
         memory: str = "fast",
-        backend: Asked | str = TORCH,
+        backend: Asked | str = UNASKED,
         quantized: bool = False,
     ) -> None:
         super().__init__()
-        self.route = routes.choose(Asked.of(backend))
+        self.route = routes.choose(dispatch.read(backend))
         of_blocks = text.blocks, text.num_heads, text.activation
         self.blocks = FrozenBlocks(*of_blocks, dtype, memory, quantized, self.route.packs)
+        self.route.check(self.blocks)
         self.head = FrozenHead(text.ln_final, text.projection, text.projection_bias, dtype)
         self.register_buffer("token_embedding", text.token_embedding, persistent=False)
         self.register_buffer("positional_embedding", text.positional_embedding, persistent=False)

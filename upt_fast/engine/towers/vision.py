@@ -11,22 +11,24 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from upt_fast.clip.frozen import FrozenVision
 from upt_fast.engine import ops
 from upt_fast.engine.autograd import composing
-from upt_fast.engine.backends.dispatch import TORCH, Asked
+from upt_fast.engine.backends import dispatch
+from upt_fast.engine.backends.asked import UNASKED, Asked
 from upt_fast.engine.memory import Need, tower_need
 from upt_fast.engine.towers import routes
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.folding import FrozenHead
+from upt_fast.engine.towers.tower import Tower
 
 # rows of an image that leave the last layer of :meth:`VisionTower.alone`
 ALONE_ROWS = 16
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """A frozen ViT with prompts.
 
     Args:
@@ -42,13 +44,14 @@ class VisionTower(nn.Module):
         vision: FrozenVision,
         dtype: torch.dtype,
         memory: str = "fast",
-        backend: Asked | str = TORCH,
+        backend: Asked | str = UNASKED,
         quantized: bool = False,
     ) -> None:
         super().__init__()
-        self.route = routes.choose(Asked.of(backend))
+        self.route = routes.choose(dispatch.read(backend))
         of_blocks, length = (vision.blocks, vision.num_heads, vision.activation), len(vision.positional_embedding)
         self.blocks = FrozenBlocks(*of_blocks, dtype, memory, quantized, self.route.packs, length)
+        self.route.check(self.blocks)
         self.head = FrozenHead(vision.ln_post, vision.projection, None, dtype)
         self.image_size, self.pooling, self.norm_after_pool = vision.image_size, vision.pooling, vision.norm_after_pool
         self.pre_eps = None if vision.ln_pre is None else vision.ln_pre.eps

@@ -1,0 +1,273 @@
+"""``upt-fast tune``: measure the routes through the towers on this machine, and keep which is the fastest.
+
+The CLIP has random weights, which are as fast as any; nothing is downloaded. Each candidate is held to the plain
+reference (upt_fast/reference) in float64 first, on few classes and images, and to the usual route at the size that is
+timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upt_fast.clip.loading import clip_with_random_weights, model_without_weights
+from upt_fast.common.checks import require_choice, require_int
+from upt_fast.data.benchmark import bench_classnames
+from upt_fast.engine import graphs
+from upt_fast.engine.graphs import GraphedStep
+from upt_fast.engine.tuning import choices, table
+from upt_fast.engine.tuning.candidates import Route, declared
+from upt_fast.engine.tuning.judge import Judge
+from upt_fast.engine.tuning.machine import machine
+from upt_fast.methods import find_method
+from upt_fast.model import DTYPES, FastPromptedCLIP
+from upt_fast.reference import TWINS, ReferencePromptedCLIP
+from upt_fast.steps.measured import INFERENCE, STEP
+from upt_fast.steps.twins import make_judge, result_names, results, small_images, small_results, small_twin
+from upt_fast.tools.isolated import Measurement, measure_isolated
+from upt_fast.tools.peak_memory import PeakMemory
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+MODES = {"train": (STEP,), "inference": (INFERENCE,), "both": (STEP, INFERENCE)}
+SECONDS = {"cuda": 110.0, "cpu": 900.0}  # of all that is measured for a size
+PATIENCE = {"cuda": 90.0, "cpu": 300.0}  # without a word: compilation is the longest
+WARMUP = 3  # steps before a capture
+
+
+def tune(
+    clip: str,
+    method: str,
+    classes: int,
+    batch_size: int,
+    precision: str = "fp32",
+    memory: str = "fast",
+    mode: str = "both",
+    device: str = "cpu",
+    seconds: float | None = None,
+    fresh: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure, keep what was found, and say it; what is known is not measured again.
+
+    Args:
+        clip: a name for :func:`upt_fast.clip.loading.clip_with_random_weights`.
+        method: its name; its default options.
+        classes: C, names of Caltech101's classes up to 100, of ImageNet's beyond.
+        batch_size: B.
+        precision: one of PRECISIONS.
+        memory: level of a training step.
+        mode: a name of MODES.
+        device: "cpu" or "cuda".
+        seconds: for all that is measured; None: those of SECONDS.
+        fresh: measure what is known, too.
+        tell: hears in a line what is done.
+    Returns:
+        "machine", what was asked for, and by mode "key", "entry", and whether it was "known" before.
+    Raises:
+        ValueError: a name or a number that is not taken; says what was wanted.
+        RuntimeError: nothing could be measured; says why.
+    """
+    for name, number in (("classes", classes), ("batch_size", batch_size)):
+        require_int(name, number, 1)
+    require_choice("precision", precision, PRECISIONS)
+    require_choice("mode", mode, tuple(MODES))
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds={seconds}; wanted a number above 0")
+    kind = device.partition(":")[0]
+    asked = {"clip": clip, "method": method, "classes": classes, "batch_size": batch_size}
+    asked |= {"precision": precision, "memory": memory, "device": device}
+    seconds = SECONDS[kind] if seconds is None else seconds
+    with torch.random.fork_rng(devices=[]):
+        shapes = _model(*model_without_weights(clip), method, classes, precision, memory).to(device)
+    found: dict[str, Any] = {"machine": machine(kind), **asked, "modes": {}}
+    modes = [m for m in MODES[mode] if m == INFERENCE or any(True for _ in shapes.parameters())]
+    end = time.monotonic() + seconds
+    for place, name in enumerate(modes):
+        key = shapes.route_key(name, batch_size)
+        entry = None if fresh else choices.kept(kind).get(key)
+        known = entry is not None and "budget_s" not in entry  # what a run has measured had no time for all
+        if not known:
+            budget = (end - time.monotonic()) * (1.0 if place == len(modes) - 1 else 0.7)
+            arguments = {**asked, "mode": name, "budget": max(budget, 1.0)}
+            entry = measure_isolated("upt_fast.tools.tune:measurement", arguments, PATIENCE[kind], tell)
+            choices.keep(key, entry | {"at": [classes, batch_size]}, kind)
+        found["modes"][name] = {"key": key, "entry": entry, "known": known}
+    return found
+
+
+def export(kind: str, file: Path) -> int:
+    """Write this machine's table into a file; how many entries.
+
+    Raises:
+        ValueError: there are none.
+    """
+    entries = table.read(machine(kind))
+    if not entries:
+        raise ValueError("nothing was measured on this machine; run upt-fast tune first")
+    file.write_text(table.dump(machine(kind), entries), encoding="utf-8")
+    return len(entries)
+
+
+def take_over(kind: str, file: Path) -> int:
+    """Take the entries of a file into this machine's table; how many.
+
+    Raises:
+        ValueError: it is no table, or that of another kind of machine.
+    """
+    entries = table.load(file, machine(kind))
+    for key, entry in entries.items():
+        choices.keep(key, entry, kind)
+    return len(entries)
+
+
+def _model(clip: nn.Module, tokenizer: Any, method: str, classes: int, precision: str, memory: str) -> FastPromptedCLIP:
+    config = find_method(method).config.from_options({})
+    names, dtype = bench_classnames(classes), DTYPES[precision]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "dtype": dtype, "memory": memory}
+    return FastPromptedCLIP(clip, names, method=method, **options).train()
+
+
+# the process that measures
+
+
+def measurement(
+    clip: str,
+    method: str,
+    classes: int,
+    batch_size: int,
+    precision: str,
+    memory: str,
+    device: str,
+    mode: str,
+    budget: float,
+    refused: Mapping[str, str],
+) -> Measurement:
+    """For :func:`upt_fast.tools.isolated.measure_isolated`; the arguments are those of :func:`tune`."""
+    torch.manual_seed(0)
+    weights, tokenizer = clip_with_random_weights(clip)
+    weights = weights.to(device)
+    model = _model(weights, tokenizer, method, classes, precision, memory)
+    model.settled = True
+    if mode == INFERENCE:
+        model.eval()
+    subject = _Subject(model, batch_size, mode)
+    where = model.logit_scale.device
+    usual = model.usual_route(mode)
+    found, left_out = declared(where.type, usual.backend, usual.graph)
+    judge = _judge(model, weights, tokenizer, mode)
+    del weights
+    candidates = {name: _Candidate(subject, route) for name, route in found.items()}
+
+    def healthy() -> bool:
+        with contextlib.suppress(RuntimeError):
+            graphs.synchronize(where)
+            return True
+        return False
+
+    return Measurement(candidates, usual.name, judge, budget, left_out, healthy)
+
+
+class _Subject:
+    """The model that candidates share, and a batch."""
+
+    def __init__(self, model: FastPromptedCLIP, batch_size: int, mode: str) -> None:
+        self.model, self.mode, self.batch_size = model, mode, batch_size
+        device = model.logit_scale.device
+        shape = batch_size, 3, *model.vision_tower.image_size
+        self.images = torch.randn(shape, device=device).to(model.vision_tower.dtype)
+        self.labels = torch.arange(batch_size, device=device) % len(model.classnames)
+        self.ways: dict[str, Any] = {}  # by backend
+
+    def small_results(self) -> list[Tensor]:
+        found = small_results(self.model)
+        return found[:1] if self.mode == INFERENCE else found
+
+
+class _Candidate:
+    """See upt_fast.engine.tuning.measuring.Candidate."""
+
+    def __init__(self, subject: _Subject, route: Route) -> None:
+        self.subject, self.route = subject, route
+        self._step: GraphedStep | None = None
+        self._way: Any = None
+
+    def prepare(self) -> None:
+        subject, model = self.subject, self.subject.model
+        known = subject.ways.get(self.route.backend)
+        if known is None:
+            model.reroute(self.route.backend)
+            subject.ways[self.route.backend] = model.way()
+        else:
+            model.take_way(known)
+        self._way = subject.ways[self.route.backend]
+        if subject.mode == STEP:
+            # nothing is learned: each candidate has the same prompts
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=model.logit_scale.is_cuda)
+            self._step = GraphedStep(model, optimizer, subject.batch_size, warmup=WARMUP, capture=self.route.graph)
+        for _ in range(WARMUP + 1 if self.route.graph else 1):
+            self._once()
+        if self.route.graph and self._step is not None and self._step.reason:
+            raise RuntimeError(self._step.reason)
+
+    def results(self) -> Sequence[Tensor]:
+        self.subject.model.take_way(self._way)
+        return self.subject.small_results()
+
+    def results_at_full_size(self) -> Sequence[Tensor]:
+        logits = self._once()
+        if self._step is None:
+            return [logits]
+        return [logits, *(p.grad for p in self.subject.model.parameters() if p.grad is not None)]
+
+    def run(self) -> float:
+        device = self.subject.model.logit_scale.device
+        self.subject.model.take_way(self._way)
+        graphs.synchronize(device)
+        began = time.perf_counter()
+        self._once()
+        graphs.synchronize(device)
+        return time.perf_counter() - began
+
+    def peak_mib(self) -> float | None:
+        with PeakMemory(self.subject.model.logit_scale.device) as memory:
+            self.run()
+        return memory.mib
+
+    def _once(self) -> Tensor:
+        subject = self.subject
+        subject.model.take_way(self._way)
+        if self._step is not None:
+            return self._step(subject.images, subject.labels)[1]
+        with torch.no_grad():
+            return subject.model(subject.images)
+
+
+def _judge(model: FastPromptedCLIP, clip: nn.Module, tokenizer: Any, mode: str) -> Judge:
+    """Holds candidates to the plain reference; a method from a file of its own, which has none, to its own towers."""
+    if model.method not in TWINS:
+        return make_judge(model)
+    small, images = small_twin(model), small_images(model)
+    dtype = model.vision_tower.dtype
+
+    def reference(dtype: torch.dtype) -> ReferencePromptedCLIP:
+        own, options = copy.deepcopy(clip).to(dtype), {"tokenizer": tokenizer, "config": model.config}
+        found = ReferencePromptedCLIP(own, small.classnames, method=model.method, **options)
+        found.load_state_dict(small.state_dict())
+        found.to(images.device)
+        return (found.double() if dtype == torch.float64 else found).eval()
+
+    count = 1 if mode == INFERENCE else None
+    exact = reference(torch.float64)
+
+    def again() -> list[Tensor]:
+        return results(exact, images.double())[:count]
+
+    plain = results(reference(dtype), images)[:count]
+    return Judge(again(), plain, result_names(small)[:count], dtype, again)
