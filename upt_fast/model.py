@@ -20,6 +20,7 @@ from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
 from upt_fast.engine.towers.vision import VisionTower
 from upt_fast.features.images import PromptedImages
+from upt_fast.features.rerouting import Rerouted, Siblings
 from upt_fast.features.texts import PromptedTexts
 from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method, make_config
 from upt_fast.methods.upt import UPTConfig
@@ -36,7 +37,7 @@ DTYPES = {
 }
 
 
-class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan):
+class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, StepsByPlan):
     """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
     Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
@@ -97,9 +98,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         if self.quantized:
             fp8.require(clip.device)
             dtype = fp8.ROWS
-        self._asked = asked = dispatch.resolve(backend)
+        asked = dispatch.resolve(backend)
         routes.check(asked)
-        self.backend = str(asked)
         self.tokenizer, self.text_batch = tokenizer, text_batch
         self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
         self.text_tower = TextTower(clip.text, dtype, memory, asked.texts, self.quantized)
@@ -109,6 +109,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         self.register_buffer("logit_scale", clip.logit_scale.to(scalars, copy=True), persistent=False)
         logit_bias = None if clip.logit_bias is None else clip.logit_bias.to(scalars, copy=True)
         self.register_buffer("logit_bias", logit_bias, persistent=False)
+        self._siblings = Siblings()
+        self._siblings.add(self)
         self._learn(found, config, clean_classnames(classnames))
         self.clip_name: str | None = None
         self.clip_pretrained: str | None = None
@@ -129,8 +131,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         setting = LearnerSetting.of(text, vision, self.embed_dim, names, *tokens)
         self.prompt_learner = method.load()(config, setting)
         self.prompt_learner.place(self.logit_scale.device, self.logit_scale.dtype)
-        if hasattr(self.prompt_learner, "backend"):
-            object.__setattr__(self.prompt_learner, "backend", str(self._asked.images))  # past nn.Module's types
+        self._tell_learner()
         use_released_names(self)
 
     def sibling(
@@ -162,6 +163,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, SavedWithCLIP, StepsByPlan
         other.set_classnames(names)
         if other.classnames == self.classnames:
             other._kept_features = dict(self._kept_features)  # of written texts, whatever is learned
+        self._siblings.add(other)
         return other
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:

@@ -1,1 +1,1 @@
-"""What a prompted model has of class names and of images: their features, computed, kept or given."""
+"""What a prompted model has of class names and of images: features, computed, kept or given, and routes to them."""

@@ -1,4 +1,4 @@
-"""What both towers have in common: blocks, and a route through them."""
+"""What both towers have in common: blocks, and a route through them that can change in place."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from upt_fast.engine.backends.asked import Asked
+from upt_fast.engine.towers import routes
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.route import Route
+from upt_fast.engine.towers.stacks import PlainStack
 
 
 class Tower(nn.Module):
@@ -20,6 +23,23 @@ class Tower(nn.Module):
 
     blocks: FrozenBlocks
     route: Route
+
+    def ready(self, asked: Asked) -> tuple[Route, PlainStack]:
+        """Another route and the weights that it works with, for :meth:`take`; nothing changes yet.
+
+        Args:
+            asked: the backends of the operations.
+        Raises:
+            ValueError: there is no such route, or it cannot compute this tower.
+        """
+        route = routes.choose(asked)
+        route.check(self.blocks)
+        return route, self.blocks.stack_for(route.packs)
+
+    def take(self, route: Route, stack: PlainStack) -> None:
+        """Change to what :meth:`ready` made; classes that were packed before are to be packed anew."""
+        self.route, self.blocks.stack, self.blocks.packs = route, stack, route.packs
+        self.blocks.release()
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise a ValueError where nn.Module._apply(fn) would ruin the weights, or leave them without their route."""
