@@ -14,7 +14,7 @@ from upt_fast.clip.tokens import Tokenizer, clean_classnames, list_classnames
 from upt_fast.common.checks import require_choice, require_int
 from upt_fast.engine import fp8, ops
 from upt_fast.engine.backends import dispatch
-from upt_fast.engine.graphs import GraphedStep
+from upt_fast.engine.backends.asked import AUTO
 from upt_fast.engine.towers import routes
 from upt_fast.engine.towers.blocks import MEMORY_LEVELS
 from upt_fast.engine.towers.text import TextTower
@@ -26,7 +26,7 @@ from upt_fast.methods import MAIN_METHOD, Method, MethodConfig, find_method, mak
 from upt_fast.methods.upt import UPTConfig
 from upt_fast.prompts import Features, LearnerSetting, PromptLearner, Prompts
 from upt_fast.saving import SavedWithCLIP, use_released_names
-from upt_fast.steps import MicroBatches, StepsByPlan
+from upt_fast.steps import MeasuredRoutes, StepsByPlan
 
 DTYPES = {
     "fp64": torch.float64,
@@ -37,7 +37,7 @@ DTYPES = {
 }
 
 
-class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, StepsByPlan):
+class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, StepsByPlan, MeasuredRoutes):
     """A frozen CLIP prompted by any method, on the fast engine: logits of images over class names.
 
     Only the learner has parameters and a state dict, under the names of the released code; the CLIP's weights are
@@ -55,8 +55,9 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
             all reductions stay in float32 beside half precision. "fp8": as "bf16", but the products of the blocks with
             their frozen weights take both factors in float8_e4m3fn (engine/fp8.py); not exact, about 4 % off in each.
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
-        backend: who computes the operations. "auto": the compiled CPU operations where they run, else PyTorch's; or
-            "torch", "compiled", "triton", "xformers", several with commas ("triton,xformers"), which never fall back.
+        backend: who computes the operations. "auto": what upt-fast tune, or a training run, has measured to be the
+            fastest here, else the compiled CPU operations where they run, else PyTorch's. Or a name ("torch",
+            "compiled", "triton", "xformers"), or several with commas ("triton,xformers"), which never fall back.
             OP=NAME among them overrides who computes one operation ("triton,linear_gelu=torch"), a slash gives the
             image tower and the text tower different ones ("torch/compiled"); see upt_fast/engine/backends/asked.py.
         text_batch: for methods whose texts depend on the image: images whose texts run at once; more are computed
@@ -101,6 +102,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         asked = dispatch.resolve(backend)
         routes.check(asked)
         self.tokenizer, self.text_batch = tokenizer, text_batch
+        self.auto, self.settled = str(asked) == AUTO, False
         self.text_context, self.embed_dim = clip.text.context, clip.embed_dim
         self.text_tower = TextTower(clip.text, dtype, memory, asked.texts, self.quantized)
         self.vision_tower = VisionTower(clip.vision, dtype, memory, asked.images, self.quantized)
@@ -187,6 +189,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         Returns:
             (B, C): exp(logit_scale) times the cosine of image and class features, plus the CLIP's logit_bias if any.
         """
+        self._settle(images, image_features)
         logits, _, _ = self._logits_and_features(images, image_features)
         return logits
 
@@ -223,6 +226,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         Returns:
             (), float32 (float64 in a float64 CLIP).
         """
+        self._settle(images, image_features)
         if self.texts_by_image or self._loss_terms is not None:
             return self.loss_and_logits(images, labels, image_features=image_features)[0]
         prompts = self._prompts()
@@ -251,6 +255,7 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         Returns:
             the loss (), and the logits (B, C), float32 (float64 in a float64 CLIP).
         """
+        self._settle(images, image_features)
         if self._loss_terms is None:
             given = {} if image_features is None else {"image_features": image_features}
             logits = self(images, **given).to(self.logit_scale.dtype)  # forward may be a subclass's, of images alone
@@ -294,47 +299,6 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         )
         assert self._loss_terms is not None
         return self._loss_terms(self.prompt_learner, of)
-
-    def make_graphed_step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        batch_size: int,
-        *,
-        scaler: torch.amp.GradScaler | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        warmup: int = 3,
-        two_streams: bool | None = None,
-        capture: bool = True,
-        micro_batches: MicroBatches | None = None,
-        from_features: bool = False,
-    ) -> GraphedStep:
-        """A function that trains on a batch: forward, loss, backward and optimizer in one CUDA graph.
-
-        On other devices, and where a capture fails, it runs the same step eagerly; its ``reason`` says why.
-
-        Args:
-            optimizer: of :meth:`parameters`. Its own step is captured where it can be, with ``fused=True`` (SGD, Adam)
-                or ``capturable=True`` (Adam), and its learning rate becomes a tensor, which schedulers write to;
-                else it runs behind the graph.
-            batch_size: B of the batches that are replayed; others run eagerly.
-            scaler: scales the loss, for float16; needs a fused optimizer to be captured.
-            loss: of logits (B, C) in float32 and labels (B,); None: mean cross-entropy.
-            warmup: steps that run eagerly before the capture, at least 1.
-            two_streams: whether to run the text tower beside the image tower; None: whichever is faster.
-            capture: False: run every step eagerly.
-            micro_batches: what runs at once, as for :meth:`backward_in_parts`; None: the whole step.
-            from_features: whether the step is called with image features in the place of images.
-        Raises:
-            ValueError: batch_size or warmup below 1.
-
-        Example:
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9, fused=True)
-            >>> step = model.make_graphed_step(optimizer, batch_size=32)
-            >>> loss, logits = step(images, labels)  # the next step overwrites both
-        """
-        return GraphedStep(
-            self, optimizer, batch_size, scaler, loss, warmup, two_streams, capture, micro_batches, from_features
-        )
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -128,6 +128,18 @@ def model_without_weights(name: str) -> tuple[nn.Module, Tokenizer | None]:
     return _with_mask(model), None
 
 
+def clip_with_random_weights(name: str) -> tuple[nn.Module, Tokenizer | None]:
+    """A CLIP whose numbers mean nothing, to measure with; see :func:`model_without_weights`."""
+    model_without_weights(name)  # what it refuses
+    if name == TINY_CLIP_NAME:
+        return build_tiny_clip().eval(), load_tiny_tokenizer()
+
+    import open_clip
+
+    with _quiet(logging.root):  # about random weights
+        return open_clip.create_model(name, pretrained=None, load_weights=False, device="cpu").eval(), None
+
+
 def _with_mask(model: nn.Module) -> nn.Module:
     """A model on the meta device, but for the mask of its texts."""
     text: Any = getattr(model, "text", model)

@@ -91,6 +91,7 @@ class GraphedStep:
 
     Attributes:
         reason: why steps run eagerly at present; empty while the graph is replayed.
+        refused: why they do for good; empty: they do not.
         optimizer_captured: whether the optimizer's step is part of the graph.
         two_streams: whether the graph runs the text tower beside the image tower.
     """
@@ -115,8 +116,7 @@ class GraphedStep:
         self.warmup, self._asked_streams, self.micro_batches = warmup, two_streams, micro_batches
         self.optimizer_captured = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         self.two_streams, self.from_features = False, from_features
-        # for good
-        self._refused = refusal(model.logit_scale.device) if capture else "capture=False"
+        self.refused = refusal(model.logit_scale.device) if capture else "capture=False"
         self._stream: torch.cuda.Stream | None = None
         self._forget()
 
@@ -131,7 +131,7 @@ class GraphedStep:
 
     @property
     def reason(self) -> str:
-        return self._refused or ("" if self._graph is not None else NOT_YET)
+        return self.refused or ("" if self._graph is not None else NOT_YET)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Train on one batch; the model's parameters have their gradients afterwards, as the optimizer saw them.
@@ -143,7 +143,7 @@ class GraphedStep:
         Returns:
             the loss (), and the logits (B, C) in float32, without gradients; the next step overwrites both.
         """
-        if self._refused:
+        if self.refused:
             return self._eager(images, labels)
         with self._on_stream():
             key = self._state_key(images, labels)
@@ -235,7 +235,7 @@ class GraphedStep:
         except (RuntimeError, ValueError, NotImplementedError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._forget()
-            self._refused = f"the step cannot be captured: {first}"
+            self.refused = f"the step cannot be captured: {first}"
             return False
         return True
 
@@ -277,11 +277,11 @@ class GraphedStep:
         before = [tensor.detach().clone() for tensor in tensors]
         random = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
         graph.replay()
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(REPLAYS):
             graph.replay()
-        _synchronize(device)
+        synchronize(device)
         seconds = (time.perf_counter() - start) / REPLAYS
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
@@ -296,12 +296,18 @@ class GraphedStep:
         """What the optimizer and the loss scaler change in a step, parameters aside."""
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-        for name in ("_scale", "_growth_tracker"):
-            value = getattr(self.scaler, name, None)
-            if isinstance(value, Tensor):
-                yield value
+        yield from scaler_tensors(self.scaler)
 
 
-def _synchronize(device: torch.device) -> None:
+def scaler_tensors(scaler: torch.amp.GradScaler | None) -> Iterator[Tensor]:
+    """What a loss scaler changes in a step."""
+    for name in ("_scale", "_growth_tracker"):
+        value = getattr(scaler, name, None)
+        if isinstance(value, Tensor):
+            yield value
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from upt_fast.engine.backends import dispatch
-from upt_fast.engine.backends.asked import AskedOfTowers
+from upt_fast.engine.backends.asked import AUTO, AskedOfTowers
 from upt_fast.engine.towers import PackedClasses, TextTower, VisionTower, routes
+from upt_fast.engine.towers.route import Route
+from upt_fast.engine.towers.stacks import PlainStack
 from upt_fast.prompts import PromptLearner
 
 
@@ -30,14 +32,34 @@ class Siblings:
         return Siblings, ()  # copies are on towers of their own
 
 
+class Way(NamedTuple):
+    """A route with all that was made for it, to come back to it at once.
+
+    Args:
+        towers: route and weights, of the image tower and of the text tower.
+        models: on these towers, with their packed classes and their features of fixed texts.
+    """
+
+    towers: list[tuple[Route, PlainStack]]
+    models: list[tuple[Rerouted, nn.ModuleList, dict[tuple[str, ...], Tensor]]]
+
+
 class Rerouted(nn.Module):
-    """What FastPromptedCLIP has of the routes through its towers."""
+    """What FastPromptedCLIP has of the routes through its towers.
+
+    Attributes:
+        auto: whether backend="auto" was asked for, so that a route may be chosen.
+        settled: whether it was, for good.
+    """
 
     text_tower: TextTower
     vision_tower: VisionTower
     prompt_learner: PromptLearner
     packed: nn.ModuleList  # of PackedClasses
+    auto: bool
+    settled: bool
     _siblings: Siblings
+    _kept_features: dict[tuple[str, ...], Tensor]
     _forget_features: Callable[[], None]
 
     @property
@@ -60,6 +82,13 @@ class Rerouted(nn.Module):
         Raises:
             ValueError: as the constructor. All stay on the route that they had.
         """
+        self.reroute(backend)
+        for model in self._siblings:
+            model.auto = self.backend == AUTO
+            model.settled = False
+
+    def reroute(self, backend: str) -> None:
+        """The same without a word of what was asked for: the route of "auto" that was chosen."""
         asked = dispatch.resolve(backend)
         routes.check(asked)
         towers = self.vision_tower, self.text_tower
@@ -79,6 +108,21 @@ class Rerouted(nn.Module):
             model.packed = found_packs
             model._tell_learner()
             model._forget_features()
+
+    def way(self) -> Way:
+        """The route of today."""
+        towers = [(tower.route, tower.blocks.stack) for tower in (self.vision_tower, self.text_tower)]
+        return Way(towers, [(model, model.packed, model._kept_features) for model in self._siblings])
+
+    def take_way(self, way: Way) -> None:
+        """Come back to a route that was taken before; memory that steps use again is kept."""
+        for tower, (route, stack) in zip((self.vision_tower, self.text_tower), way.towers, strict=True):
+            tower.take(route, stack, release=False)
+        for model, packed, features in way.models:
+            model.packed = packed
+            model._tell_learner()
+            model._forget_features()
+            model._kept_features = features
 
     def _packed_again(self) -> nn.ModuleList:
         """The same classes, packed on the route of today."""

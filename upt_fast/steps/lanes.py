@@ -56,6 +56,7 @@ class Lane:
     def __init__(self, route: Route, way: Any, step: GraphedStep, state: LaneState) -> None:
         self.route, self.way, self.step, self.state = route, way, step, state
         self.first: list[Tensor] = []  # logits and gradients of the first batch
+        self.taken = 0  # batches
 
     @property
     def ready(self) -> bool:

@@ -34,12 +34,7 @@ AGAIN = 4.0  # times the seconds that an incomplete measurement had: reason to m
 
 
 class MeasuredRoutes(nn.Module):
-    """Of FastPromptedCLIP.
-
-    Attributes:
-        auto: whether backend="auto" was asked for, so that the route is to be chosen.
-        settled: whether it was, for good: routes do not change from batch to batch.
-    """
+    """Of FastPromptedCLIP; see rerouting.py."""
 
     text_tower: TextTower
     vision_tower: VisionTower
@@ -47,10 +42,14 @@ class MeasuredRoutes(nn.Module):
     classnames: tuple[str, ...]
     logit_scale: Tensor
     quantized: bool
-    backend: str
     auto: bool
     settled: bool
     reroute: Callable[[str], None]
+
+    if TYPE_CHECKING:
+
+        @property
+        def backend(self) -> str: ...
 
     @property
     def usual_backend(self) -> str:
@@ -197,7 +196,7 @@ class MeasuredRoutes(nn.Module):
         step = make(capture)  # checks the numbers
         self.settled, kind = True, self.logit_scale.device.type
         if self.auto and not self.quantized:
-            at_once = batch_size if micro_batches is None else min(batch_size, micro_batches.images)
+            at_once = min(batch_size, (micro_batches and micro_batches.images) or batch_size)
             key = self.route_key(STEP, at_once, from_features)
             found = choices.find(key, kind)
             steps = STEPS if steps is None else steps

@@ -49,8 +49,10 @@ class StepsByPlan(nn.Module):
         Returns:
             the loss () and the logits (B, C), without gradients; those of the parameters were added to their ``grad``.
         """
+        model = cast("FastPromptedCLIP", self)
+        model._settle(*((None, images) if images.ndim == 2 else (images, None)))
         if self._parts is None or self._parts.parts != micro_batches:
-            self._parts = StepInParts(cast("FastPromptedCLIP", self), micro_batches)
+            self._parts = StepInParts(model, micro_batches)
         return self._parts(images, labels, loss, scale)
 
     def predict_peak_memory(self, batch_size: int, from_features: bool = False) -> int:

@@ -74,6 +74,7 @@ class TunedStep:
         self._batches: list[Batch] = []
         self._details: dict[str, dict[str, float]] = {}
         self._origin: LaneState | None = None
+        self._seconds = 0.0  # of the first step
 
     route: Route | None
 
@@ -115,12 +116,12 @@ class TunedStep:
             return
         after = random_states(self._device)
         while not self._race.over:
-            before = {name: self._lanes[name].state for name in self._race.running}
             for name in self._race.running:
+                lane = self._lanes[name]
+                before = lane.state, lane.taken
                 if self._timed(name, self._batches[-1]) is not None:
-                    self._lanes[name].state = before[name]
-            self._race.end_round()
-            self._join_graphs()
+                    lane.state, lane.taken = before
+            self._end_round()
         self._decide()
         set_random_states(self._device, after)
 
@@ -134,7 +135,7 @@ class TunedStep:
         self._origin = self._run.save()
         lane = self._lanes[usual.name] = Lane(usual, self.model.way(), self._step, self._origin)
         result = self._take(lane, batch)
-        seconds = time.perf_counter() - began
+        self._seconds = seconds = time.perf_counter() - began
         budget = SHARE * self.steps * seconds
         found, left_out = declared(self._device.type, usual.backend, self.captures, budget)
         self._race = race = Race([usual.name], usual.name, budget)
@@ -155,10 +156,23 @@ class TunedStep:
         race = self._race
         assert race is not None
         results = {name: result for name in race.running if (result := self._timed(name, batch)) is not None}
+        self._end_round()
+        if race.leader not in results:  # it was behind, and those in front have failed since
+            lane = self._lanes[self.usual.name]
+            for missed in self._batches[lane.taken :]:
+                results[race.leader] = self._take(lane, missed)
+        return results[race.leader]
+
+    def _end_round(self) -> None:
+        """Drop the lanes that are behind; the usual one may be needed again."""
+        race = self._race
+        assert race is not None
         race.end_round()
-        leader = race.leader
+        if not race.running:
+            race.revive(self.usual.name)
+        kept = {*race.running, self.usual.name}
+        self._lanes = {name: lane for name, lane in self._lanes.items() if name in kept}
         self._join_graphs()
-        return results[leader] if leader in results else next(iter(results.values()))
 
     def _join(self, route: Route) -> None:
         """Take a candidate into the race, behind the batches that the others have had, if its results are right."""
@@ -245,6 +259,7 @@ class TunedStep:
         seconds = time.perf_counter() - began
         self._run.set_rates(batch.rates)  # numbers, where a graph has put tensors of its own
         lane.state = self._run.save()
+        lane.taken += 1
         return seconds, result
 
     def _enter(self, lane: Lane) -> None:
@@ -260,9 +275,13 @@ class TunedStep:
         """Go on by the winner alone."""
         race = self._race
         assert race is not None
-        measured = len([name for name in race.seconds if race.seconds[name]]) > 1
-        entry = describe_race(race, self._details) | {"budget_s": race.budget} if measured else None
-        lane = self._lanes.get(race.leader) or self._lanes[self.usual.name]
+        if not race.seconds[self.usual.name]:  # no other has come as far as to be timed
+            race.add(self.usual.name, self._seconds)
+        tried = len(race.seconds) > 1
+        entry = describe_race(race, self._details) | {"budget_s": race.budget} if tried else None
+        lane = self._lanes[race.leader]
+        for missed in self._batches[lane.taken :]:
+            self._take(lane, missed)
         self._enter(lane)
         for tower in (self.model.text_tower, self.model.vision_tower):
             tower.blocks.release()

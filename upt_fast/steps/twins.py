@@ -37,7 +37,7 @@ def make_judge(model: FastPromptedCLIP) -> Judge:
     def again() -> list[Tensor]:
         return results(exact, images)
 
-    return Judge(again(), plain, result_names(small), model.vision_tower.dtype, again)
+    return Judge(again(), plain, result_names(small), towers_dtype(model), again)
 
 
 def result_names(model: nn.Module) -> list[str]:
@@ -88,4 +88,9 @@ def small_images(model: FastPromptedCLIP) -> Tensor:
     """(IMAGES, 3, H, W), the same each time."""
     generator = torch.Generator().manual_seed(0)
     shape = IMAGES, 3, *model.vision_tower.image_size
-    return torch.randn(shape, generator=generator).to(model.logit_scale.device, model.vision_tower.dtype)
+    return torch.randn(shape, generator=generator).to(model.logit_scale.device, towers_dtype(model))
+
+
+def towers_dtype(model: FastPromptedCLIP) -> torch.dtype:
+    """In which a model's towers compute."""
+    return model.vision_tower.blocks.qkv_bias.dtype

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 from upt_fast.data.dataset import steps_of_epoch
 from upt_fast.engine.memory import Need, peak
 from upt_fast.model import FastPromptedCLIP
+from upt_fast.steps.measured import STEP
 from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.job import Job, Member, of_one_backbone, portions, prepare, rest_of
@@ -37,6 +39,7 @@ from upt_fast.train.features import FixedFeatures
 from upt_fast.train.interrupt import InterruptBetweenSteps
 from upt_fast.train.randomness import Randomness
 from upt_fast.train.recording import TrainingDivergedError
+from upt_fast.train.routes import take_known_route
 from upt_fast.train.setup import (
     RESULTS_FILE,
     SPLIT_FILE,
@@ -171,6 +174,7 @@ def _begin(
     with contextlib.ExitStack() as opened:
         try:
             opened.enter_context(run.opened())
+            _take_route(group, model)
             run.begin(model, len(group), backbone.features)
             trainer = run.trainer
             if trainer is None or trainer.done:
@@ -188,6 +192,20 @@ def _begin(
     if not trainer.done:
         member.row.begin(member.end, member.at)
         member.steps = trainer.steps(member.row, interrupt)
+
+
+def _take_route(group: Sequence[Member], model: FastPromptedCLIP) -> None:
+    """Put the towers that a group shares on the route that is known for all its classes and images together."""
+    if model.auto and not model.settled:
+        runs = [member.run for member in group if member.run is not None]
+        classes = sum(len(run.listing.classnames) for run in runs)
+        images = sum(min(run.config.batch_size, len(run.split.train)) for run in runs)
+        began = any(os.path.lexists(run.out / "last") for run in runs)
+        from_features = trains_on_features(runs[0].config, model)
+        take_known_route(model, model.route_key(STEP, images, from_features, classes), began)
+    for member in group:
+        if member.model is not None:
+            member.model.settled = True
 
 
 def _take_steps(job: Job, group: list[Member], show: Callable[[], None]) -> None:

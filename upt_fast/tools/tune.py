@@ -30,7 +30,15 @@ from upt_fast.methods import find_method
 from upt_fast.model import DTYPES, FastPromptedCLIP
 from upt_fast.reference import TWINS, ReferencePromptedCLIP
 from upt_fast.steps.measured import INFERENCE, STEP
-from upt_fast.steps.twins import make_judge, result_names, results, small_images, small_results, small_twin
+from upt_fast.steps.twins import (
+    make_judge,
+    result_names,
+    results,
+    small_images,
+    small_results,
+    small_twin,
+    towers_dtype,
+)
 from upt_fast.tools.isolated import Measurement, measure_isolated
 from upt_fast.tools.peak_memory import PeakMemory
 
@@ -181,7 +189,7 @@ class _Subject:
         self.model, self.mode, self.batch_size = model, mode, batch_size
         device = model.logit_scale.device
         shape = batch_size, 3, *model.vision_tower.image_size
-        self.images = torch.randn(shape, device=device).to(model.vision_tower.dtype)
+        self.images = torch.randn(shape, device=device).to(towers_dtype(model))
         self.labels = torch.arange(batch_size, device=device) % len(model.classnames)
         self.ways: dict[str, Any] = {}  # by backend
 
@@ -254,7 +262,7 @@ def _judge(model: FastPromptedCLIP, clip: nn.Module, tokenizer: Any, mode: str) 
     if model.method not in TWINS:
         return make_judge(model)
     small, images = small_twin(model), small_images(model)
-    dtype = model.vision_tower.dtype
+    dtype = towers_dtype(model)
 
     def reference(dtype: torch.dtype) -> ReferencePromptedCLIP:
         own, options = copy.deepcopy(clip).to(dtype), {"tokenizer": tokenizer, "config": model.config}

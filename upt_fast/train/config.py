@@ -24,6 +24,7 @@ FREE_ON_RESUME = frozenset(
         "out",
         "device",
         "cuda_graph",
+        "tune",
         "num_workers",
         "cache_gib",
         "checkpoint_steps",
@@ -138,6 +139,11 @@ class TrainConfig:
     )
     device: str = _option("auto, cpu, cuda or cuda:N; auto takes a GPU where there is one", "auto")
     cuda_graph: bool = _option("on a GPU, replay steps from a CUDA graph where they can be captured", True)
+    tune: bool = _option(
+        "with backend auto, measure in the first steps which route through the towers is the fastest here, where that "
+        "is not known yet; takes at most a twentieth of the run",
+        True,
+    )
     num_workers: int | None = _option("processes that load images; none: 0 on the CPU, up to 8 for a GPU", None)
     cache: Literal["scaled", "exact", "stream"] | None = _option(
         "decoded images: scaled (on disk, training images no larger than crops need), exact (in memory, training "

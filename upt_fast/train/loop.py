@@ -40,6 +40,7 @@ from upt_fast.train.config import TrainConfig
 from upt_fast.train.features import FixedFeatures
 from upt_fast.train.final import finish
 from upt_fast.train.images import GIB, with_cache
+from upt_fast.train.routes import take_route
 from upt_fast.train.separate_test import with_test_data
 from upt_fast.train.setup import (
     CHOICES_FILE,
@@ -233,6 +234,7 @@ class Run:
         """
         config, out, group = self.config, self.out, self.group
         self.model = model
+        take_route(config, model, out, group)
         self.data = data = group.agreed(lambda: self._load(features))
         described = describe_split(data)
         everywhere = group.objects(digest(described))

@@ -25,6 +25,7 @@ from upt_fast.distributed import ONE_PROCESS, DistributedStep, Group
 from upt_fast.engine.graphs import NOT_YET
 from upt_fast.model import FastPromptedCLIP
 from upt_fast.steps import MemoryPlan
+from upt_fast.steps.tuned import TunedStep
 from upt_fast.train.averaging import WeightAverage
 from upt_fast.train.batches import device_of, to_device
 from upt_fast.train.checkpoint import (
@@ -48,6 +49,7 @@ from upt_fast.train.recording import (
     record_epoch,
     truncate_metrics,
 )
+from upt_fast.train.routes import may_measure, record_choices
 from upt_fast.train.schedule import WarmupCosineLR, lr_at_epoch
 from upt_fast.train.setup import RunData, count_workers, evaluation_batch, parts_of, preprocess_cfg
 from upt_fast.train.shared import InterruptTogether, OwnImages, with_all_labels
@@ -100,6 +102,7 @@ class Trainer:
         self.log: WandbLog | None = None  # beside metrics.jsonl
         self.average = None if config.ema is None else WeightAverage(config.ema)
         self.randomness: dict[str, Tensor] = {}  # of torch's generators, inside of an epoch
+        self._settle: Callable[[], None] = lambda: None  # the route, before the model is looked at
         if restored := group.by_first(lambda: read_checkpoint(out)):
             self.state, tensors = restored
             restore_state(model, self.optimizer, tensors)
@@ -154,7 +157,12 @@ class Trainer:
             capture=config.cuda_graph,
             micro_batches=parts_of(config, self.model, self.plan),
             from_features=self.from_features,
+            tune=may_measure(config, self.model),
+            steps=config.epochs * len(self.sampler) - self.state.step,
+            decided=lambda: record_choices(self.out),
         )
+        if isinstance(step, TunedStep):
+            self._settle = step.settle
         said = NOT_YET  # of why steps run eagerly
 
         def tell(images: Tensor, labels: Tensor) -> Result:
@@ -207,6 +215,7 @@ class Trainer:
                 started = time.perf_counter()
                 lr = lr_at_epoch(epoch, self.config.epochs, self.config.lr, self.config.warmup_lr)
                 loss, accuracy = yield from self._train_epoch(epoch, lr, bar, interrupt)
+                self._settle()
                 record: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, "loss": loss, "accuracy": accuracy}
                 metric = -loss
                 if self.data.val is not None:
@@ -263,6 +272,7 @@ class Trainer:
 
     def _checkpoint_within(self, epoch: int, within: int, lr: float, meter: Meter) -> None:
         """A checkpoint between two steps of an epoch."""
+        self._settle()
         randomness = get_randomness(self.device)
         meter.flush()
         step = epoch * len(self.sampler) + within

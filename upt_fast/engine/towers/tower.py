@@ -36,10 +36,15 @@ class Tower(nn.Module):
         route.check(self.blocks)
         return route, self.blocks.stack_for(route.packs)
 
-    def take(self, route: Route, stack: PlainStack) -> None:
-        """Change to what :meth:`ready` made; classes that were packed before are to be packed anew."""
+    def take(self, route: Route, stack: PlainStack, release: bool = True) -> None:
+        """Change to what :meth:`ready` made; classes that were packed before are to be packed anew.
+
+        Args:
+            release: whether to let go of the memory that passes reuse.
+        """
         self.route, self.blocks.stack, self.blocks.packs = route, stack, route.packs
-        self.blocks.release()
+        if release:
+            self.blocks.release()
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise a ValueError where nn.Module._apply(fn) would ruin the weights, or leave them without their route."""

@@ -77,6 +77,11 @@ def find(key: str, kind: str = "cpu") -> str | None:
     return _chosen.get(key)
 
 
+def is_taken(key: str) -> bool:
+    """Whether this process has chosen, or taken up what was chosen."""
+    return key in _chosen
+
+
 def take(key: str, name: str) -> None:
     """Choose from now on, in this process, what somebody else has found."""
     _chosen[key] = name

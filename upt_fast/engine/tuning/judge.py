@@ -17,6 +17,7 @@ from torch import Tensor
 from upt_fast.common.closeness import excesses
 
 ALLOWED = 1.5  # times the plain computation's error
+HOPELESS = 10.0  # times what is allowed: rounding does not explain that
 AT_FULL_SIZE = 4.0  # times the same: how far two right ones may be from each other where only they are known
 SMALL = 1e-3  # of the root mean square of all gradients: those of smaller tensors are rounding alone
 EXACT = 2  # units in the last place that any result may be off
@@ -77,7 +78,7 @@ class Judge:
         verdict = Verdict(found[worst], self.own[worst])
         if found[worst] <= allowed[worst]:
             return verdict
-        if self.again is not None and math.isfinite(found[worst]):
+        if self.again is not None and found[worst] <= HOPELESS * allowed[worst]:
             share = max(excesses(got, self.again, self.dtype))
             if share <= 1:
                 return verdict

@@ -65,6 +65,16 @@ class Race:
             or min(len(self.seconds[name]) for name in self._running) >= self.rounds
         )
 
+    def join(self, name: str) -> None:
+        """Somebody who comes later."""
+        self.seconds[name] = []
+        self._running.append(name)
+
+    def revive(self, name: str) -> None:
+        """Somebody who had fallen behind those that failed since."""
+        if name not in self._running and name not in self.refused:
+            self._running.append(name)
+
     def add(self, name: str, seconds: float) -> None:
         """A run's time."""
         self.seconds[name].append(seconds)
