@@ -31,6 +31,7 @@ from upt_fast.cli import (
     shard,
     train,
     train_tasks,
+    tune,
     verify,
 )
 from upt_fast.cli.messages import EXIT_INTERRUPTED, FULL, KEPT, Messages, failure, interrupted, say, speaks
@@ -52,6 +53,7 @@ COMMANDS: dict[str, ModuleType] = {
     "verify": verify,
     "info": info,
     "plan": plan,
+    "tune": tune,
     "demo": demo,
     "import-checkpoint": import_checkpoint,
     "export-checkpoint": export_checkpoint,

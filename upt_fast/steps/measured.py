@@ -62,7 +62,14 @@ class MeasuredRoutes(nn.Module):
         """The same with a graph, where steps are captured."""
         return Route(self.usual_backend, mode == STEP and not graphs.refusal(self.logit_scale.device))
 
-    def route_key(self, mode: str, batch_size: int, from_features: bool = False, classes: int | None = None) -> str:
+    def route_key(
+        self,
+        mode: str,
+        batch_size: int,
+        from_features: bool = False,
+        classes: int | None = None,
+        device: str | None = None,
+    ) -> str:
         """What a choice is kept under, beside the machine.
 
         Args:
@@ -70,9 +77,11 @@ class MeasuredRoutes(nn.Module):
             batch_size: B that run at once.
             from_features: whether image features are given.
             classes: C; None: this model's.
+            device: kind of device; None: this model's.
         """
         classes = len(self.classnames) if classes is None else classes
-        device, image, text = self.logit_scale.device.type, self.vision_tower.blocks, self.text_tower.blocks
+        device = self.logit_scale.device.type if device is None else device
+        image, text = self.vision_tower.blocks, self.text_tower.blocks
         dtype = str(image.qkv_bias.dtype).removeprefix("torch.")
         if device == "cuda" and dtype == "float32" and torch.backends.cuda.matmul.allow_tf32:
             dtype = "tf32"

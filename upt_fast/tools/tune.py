@@ -93,12 +93,12 @@ def tune(
     asked |= {"precision": precision, "memory": memory, "device": device}
     seconds = SECONDS[kind] if seconds is None else seconds
     with torch.random.fork_rng(devices=[]):
-        shapes = _model(*model_without_weights(clip), method, classes, precision, memory).to(device)
+        shapes = _model(*model_without_weights(clip), method, classes, precision, memory)
     found: dict[str, Any] = {"machine": machine(kind), **asked, "modes": {}}
     modes = [m for m in MODES[mode] if m == INFERENCE or any(True for _ in shapes.parameters())]
     end = time.monotonic() + seconds
     for place, name in enumerate(modes):
-        key = shapes.route_key(name, batch_size)
+        key = shapes.route_key(name, batch_size, device=kind)
         entry = None if fresh else choices.kept(kind).get(key)
         known = entry is not None and "budget_s" not in entry  # what a run has measured had no time for all
         if not known:

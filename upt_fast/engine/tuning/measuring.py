@@ -153,5 +153,7 @@ def describe(error: BaseException) -> str:
     """An error in a line."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, ValueError):  # ours: what came, and why not
+        return line.partition("; wanted")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
