@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import ops
+from upt_fast.engine.autograd import functions
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.layout import BufferPlaces, PackedLayout
 from upt_fast.engine.workspace import Workspace
@@ -172,6 +175,24 @@ def test_linear_residual_takes_strided_rows():
     assert relative_rms(got, reference.linear_residual(x, y, weight, bias)) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_residual_of_a_gpu_rounds_the_sum_once(dtype, monkeypatch):
+    """In two launches: the product with its bias, and the sum."""
+    monkeypatch.setattr(functions, "composes", lambda *t: False)  # fake tensors have a device that is not there
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.extend([func.overloadpacket.__name__] * (func.namespace == "aten" and not func.is_view))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Record():
+        tensors = [torch.empty(*shape, device="cuda", dtype=dtype) for shape in ((3, 6), (3, 10), (6, 10), (6,))]
+        calls.clear()
+        functions.linear_residual(*tensors)
+    assert calls == ["addmm", "add"]
+
+
 def frozen_mlp(width: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
     return [randn(*shape, dtype=dtype, grad=False) for shape in shapes]
@@ -253,6 +274,21 @@ def test_prepend_rows(P, L, index, dtype):
 @pytest.mark.parametrize("constant", ["prefix", "x"])
 def test_prepend_rows_of_a_constant(constant):
     compare("prepend_rows", [randn(1, 2, 3, grad=constant != "prefix"), randn(4, 5, 3, grad=constant != "x")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_sets_are_added_in_float32(dtype, monkeypatch):
+    """On a GPU in half precision; each sum would be rounded as often as a set has images."""
+    added = []
+    index_add_ = torch.Tensor.index_add_
+    monkeypatch.setattr(
+        torch.Tensor, "index_add_", lambda s, *a: added.append((s.dtype, a[2].dtype)) or index_add_(s, *a)
+    )
+    with FakeTensorMode():
+        x, index = torch.empty(6, 4, 2, 8, device="cuda", dtype=dtype), torch.zeros(6, device="cuda", dtype=torch.int64)
+        sums = functions.sum_by_set(x[:, 1:], index, 3)
+        assert (sums.shape, sums.dtype) == ((3, 3, 2, 8), dtype)
+    assert added == [(torch.float32, torch.float32)]
 
 
 def test_prepend_rows_gradcheck():

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.common.closeness import relative_rms
@@ -97,6 +98,15 @@ def test_a_loss_that_outlives_its_backward_holds_no_activations():
     assert idle()
     assert all(idle())
     assert loss.grad_fn is not None
+
+
+def test_memory_of_a_gpu_is_its_allocators():
+    """A layer's for itself: one block for all layers would live until backward has passed the first."""
+    with FakeTensorMode():
+        space, like = Workspace(3), torch.empty(0, device="cuda")
+        kept = [space.kept("x", i, like, 5, 4) for i in range(3)]
+        assert all(t.untyped_storage().nbytes() == 80 for t in kept)
+        assert len({t.untyped_storage()._cdata for t in kept}) == 3
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 64])

@@ -80,7 +80,7 @@ class Workspace:
 
     def kept(self, name: str, layer: int, like: Tensor, *shape: int) -> Tensor:
         """An uninitialised tensor in like's dtype and device, one per name and layer, that backward will read."""
-        if not self._num_layers:
+        if not self._num_layers or like.device.type != "cpu":  # a GPU's allocator takes each back as backward goes
             return self.scratch(name, like, *shape)
         block = self._kept.get(name)
         if block is None or block.shape[1:] != shape or layer - self._first_layer[name] >= len(block):

@@ -78,7 +78,8 @@ def linear_residual(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tenso
         return x + F.linear(y, weight, bias)
     if takes_onednn(y):
         return Linear.apply(y, weight, bias, x)
-    if x.dtype.itemsize < 4:  # in half precision a second rounding of the large sum would cost accuracy
+    # a second rounding of the large sum would cost accuracy in half precision, and a launch on a GPU
+    if x.dtype.itemsize < 4 or x.device.type != "cpu":
         return x + F.linear(y, weight, bias).view(x.shape)
     rows = torch.addmm(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), weight.t())
     return rows.add_(bias).view(x.shape)
@@ -110,7 +111,10 @@ def sum_by_set(x: Tensor, set_index: Tensor | None, sets: int) -> Tensor:
     """(S, ...) sums of x (B, ...) over the sequences of each set."""
     if set_index is None:
         return x.sum(dim=0, keepdim=True)
-    return x.new_zeros(sets, *x.shape[1:]).index_add_(0, set_index, x.contiguous())
+    sums = x.new_zeros(sets, *x.shape[1:])
+    if x.dtype.itemsize < 4 and x.device.type != "cpu":  # a GPU would round each sum on the way
+        return sums.float().index_add_(0, set_index, x.float()).to(x.dtype)
+    return sums.index_add_(0, set_index, x.contiguous())
 
 
 class PrependRows(torch.autograd.Function):
