@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from upt_fast.engine import ops
 from upt_fast.engine.autograd import composing
-from upt_fast.engine.autograd.attention import CompiledAttention, FlashAttention
+from upt_fast.engine.autograd.attention import ChoosesAttention, FlashAttention
 from upt_fast.engine.autograd.frozen_block import MLP, Block
-from upt_fast.engine.autograd.products import PackedProduct, PlainProduct
+from upt_fast.engine.autograd.products import GpuProduct, PackedProduct, PlainProduct
 from upt_fast.engine.backends import compiled, pytorch
 from upt_fast.engine.backends.asked import TORCH, Asked
 from upt_fast.engine.cpu.library import PANELS, pack
@@ -63,6 +63,10 @@ class Plain(PlainProduct):
     def stream_heads(self, h: Tensor, bias: Tensor, num_heads: int) -> Heads:
         """The same of normalised rows h (..., D), in one product."""
         return self.linear(h, bias).unflatten(-1, (3, num_heads, -1)).unbind(-3)  # type: ignore[return-value]
+
+
+class PlainOnGpu(GpuProduct, Plain):
+    """The same on a GPU, where a block of them is one function in half precision too."""
 
 
 class _WithPlain:
@@ -227,7 +231,7 @@ class BlockWeights(NamedTuple):
     eps: float
     num_heads: int
     mlp: MLPWeights | Fp8MLP
-    attention: FlashAttention | CompiledAttention = FlashAttention()
+    attention: ChoosesAttention = FlashAttention()
 
     def block(
         self,
@@ -240,7 +244,7 @@ class BlockWeights(NamedTuple):
         layer: int = 0,
     ) -> Tensor:
         """See upt_fast.engine.ops.block."""
-        if x.device.type == "cpu" and x.numel() > 0 and self.qkv.whole(x) and not composing.op_by_op(x):
+        if x.numel() > 0 and self.qkv.whole(x) and not composing.op_by_op(x):
             return Block.apply(x, prefix_k, prefix_v, set_index, self, memory, workspace, layer)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

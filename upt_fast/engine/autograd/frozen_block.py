@@ -2,14 +2,17 @@
 
     x' = x + W_o attention(W_qkv norm(x)) + b_o,    y = x' + W_2 act(W_1 norm(x') + b_1) + b_2
 
-There are no weight gradients and nothing is saved for them. What backward reads of a row of width D lies in memory of
-the workspace, by memory level:
+There are no weight gradients and nothing is saved for them. What backward reads of a row of width D, on a CPU in memory
+of the workspace, by memory level:
 
 fast        x, q, k, v, attention's output, x', and W_1's result or act' of it (4 D): 10 D
 balanced    W_1's result is computed again: 6 D
 lean        all but x is computed again: D
 
-How a product is done, with what stands around it, its weight knows (products.py); how attention is, attention.py.
+Beside these there are two moments of each LayerNorm and, for each head, the logarithm of a softmax's sum.
+
+How a product is done, with what stands around it, its weight knows (products.py); how attention is, attention.py and
+gpu_attention.py. Nothing here waits for a GPU, so a step with it can be captured.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from upt_fast.engine.autograd.attention import Attended, Attention
+from upt_fast.engine.autograd.attention import Attended, Attention, ChoosesAttention
 from upt_fast.engine.autograd.composing import fast_backward
 from upt_fast.engine.autograd.functions import sum_by_set
 from upt_fast.engine.autograd.products import Product, rows_of
@@ -47,7 +50,7 @@ class BlockParts(Protocol):
     eps: float
     num_heads: int
     mlp: MLPParts
-    attention: Attention
+    attention: ChoosesAttention
 
 
 def _mlp_forward(
@@ -86,41 +89,47 @@ def _attention_forward(
     space: Workspace,
     layer: int,
     keep: bool,
-) -> tuple[Tensor, Attended]:
-    """x' (B L, D) of x (B, L, D), and what backward needs, in kept or passing memory."""
-    batch, length, width = x.shape
+    needed: bool,
+) -> tuple[Tensor, Attended, Attention]:
+    """x' (B L, D) of x (B, L, D), what backward needs, in kept or passing memory, and who attended.
+
+    Args:
+        keep: whether what backward needs is kept.
+        needed: whether there will be a backward pass at all.
+    """
     prefix = 0 if prefix_k is None else prefix_k.shape[1]
     rows = rows_of(x)
 
     def new(name: str, like: Tensor, *shape: int) -> Tensor:
         return space.kept(name, layer, like, *shape) if keep else space.scratch(name, like, *shape)
 
-    q = new("q", x, *rows.shape)
-    k, v = (new(name, x, batch, prefix + length, width) for name in ("k", "v"))
     passing = (space, space, layer) if keep else (Workspace(1), space, 0)
-    mean, rstd = w.qkv.project(*passing, rows, w.eps, w.qkv_bias, q, k, v)
+    projected = w.qkv.project(new, *passing, rows, w.eps, w.qkv_bias, len(x), prefix)
+    q, k, v = projected[2:]
     if prefix_k is not None and prefix_v is not None:
         for buffer, shared in ((k, prefix_k), (v, prefix_v)):
             buffer[:, :prefix] = (shared if set_index is None else shared[set_index]).flatten(2)
-    out = new("attended", x, *rows.shape)
-    lse = new("lse", mean, batch, w.num_heads, length)
-    w.attention.forward(q, k, v, w.num_heads, out, lse)
-    after = w.out.added(out, w.out_bias, rows, new("x", x, *rows.shape))
-    return after, Attended(mean, rstd, q, k, v, out, lse)
+    attention = w.attention.chosen(q, k, v, w.num_heads, needed)
+    attended = Attended(*projected, *attention.forward(q, k, v, w.num_heads, new, needed))
+    after = w.out.added(attended.out, w.out_bias, rows, new("x", x, *rows.shape))
+    return after, attended, attention
 
 
 def _attention_backward(
-    dy: Tensor, x: Tensor | None, saved: Attended, prefix: int, w: BlockParts, space: Workspace
+    dy: Tensor,
+    x: Tensor | None,
+    saved: Attended,
+    prefix: int,
+    w: BlockParts,
+    attention: Attention,
+    space: Workspace,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of x (B L, D), or None where x is None, and of the prefix's keys and values (B, P, H, K) by image."""
-    batch, total, width = saved.k.shape
     dout = w.out.times(dy, space.scratch("row", dy, *dy.shape))
-    dqkv = space.scratch("wide", dy, batch, total - prefix, 3, w.num_heads, width // w.num_heads)
-    dk_prefix, dv_prefix = (dy.new_empty(batch, prefix, *dqkv.shape[3:]) for _ in range(2))
-    w.attention.backward(dout, saved, w.num_heads, dqkv, x is not None, dk_prefix, dv_prefix)
-    if x is None:
+    dqkv, dk_prefix, dv_prefix = attention.backward(dout, saved, w.num_heads, prefix, x is not None, space)
+    if x is None or dqkv is None:
         return None, dk_prefix, dv_prefix
-    dx = w.qkv.norm_backward(space, dqkv.view(len(dy), 3 * width), x, saved.mean, saved.rstd, dy, dout)
+    dx = w.qkv.norm_backward(space, dqkv.view(len(dy), -1), x, saved.mean, saved.rstd, dy, dout)
     return dx, dk_prefix, dv_prefix
 
 
@@ -150,7 +159,7 @@ class MLP(torch.autograd.Function):
 
 
 class Block(torch.autograd.Function):
-    """See upt_fast.engine.ops.block; on a CPU."""
+    """See upt_fast.engine.ops.block."""
 
     @staticmethod
     def forward(ctx, x, prefix_k, prefix_v, set_index, weights, memory, given, layer):  # type: ignore[no-untyped-def]
@@ -158,12 +167,13 @@ class Block(torch.autograd.Function):
         space, rows = given or Workspace(1), rows_of(x)
         needed = any(ctx.needs_input_grad[:3])
         keep = needed and memory != "lean"
-        after, attended = _attention_forward(x, prefix_k, prefix_v, set_index, weights, space, layer, keep)
+        given_rows = x, prefix_k, prefix_v, set_index
+        after, attended, attention = _attention_forward(*given_rows, weights, space, layer, keep, needed)
         u = space.kept("u", layer, x, len(rows), len(weights.mlp.fc_bias)) if keep and memory == "fast" else None
         y = space.kept("y", layer, x, *rows.shape) if needed else space.scratch("y", x, *rows.shape)
         mlp_space = space if keep else Workspace(1)
         mlp_mean, mlp_rstd = _mlp_forward(after, weights.mlp, mlp_space, layer if keep else 0, u, y)
-        ctx.weights, ctx.space, ctx.memory, ctx.shape = weights, given, memory, x.shape
+        ctx.weights, ctx.attention, ctx.space, ctx.memory, ctx.shape = weights, attention, given, memory, x.shape
         ctx.prefix, ctx.sets = (0, 0) if prefix_k is None else (prefix_k.shape[1], len(prefix_k))
         if not needed:
             return y.view(x.shape)
@@ -181,14 +191,17 @@ class Block(torch.autograd.Function):
         if ctx.memory == "lean":
             rows, prefix_k, prefix_v, set_index = ctx.saved_tensors
             x = rows.view(ctx.shape)
-            after, attended = _attention_forward(x, prefix_k, prefix_v, set_index, weights, space, 0, keep=False)
+            again = weights._replace(attention=ctx.attention)
+            given_rows = x, prefix_k, prefix_v, set_index
+            after, attended, _ = _attention_forward(*given_rows, again, space, 0, keep=False, needed=True)
             u, mean, rstd = _slope(after, weights.mlp, space)
             rows = rows if ctx.needs_input_grad[0] else None
         else:
             rows, set_index, after, mean, rstd, u, *rest = ctx.saved_tensors
             attended = Attended(*rest)
         dy = _mlp_backward(rows_of(dy), after, mean, rstd, u, weights.mlp, space)
-        dx, dk, dv = _attention_backward(dy, rows, attended, ctx.prefix, weights, space)
+        del after, u  # an allocator may give their memory to what comes next
+        dx, dk, dv = _attention_backward(dy, rows, attended, ctx.prefix, weights, ctx.attention, space)
         dx = None if dx is None else dx.view(ctx.shape)
         prefix_grads = [
             sum_by_set(d, set_index, ctx.sets) if need else None

@@ -3,11 +3,13 @@
     forward     act(norm(x) W^T + b),  residual + a W^T + b
     backward    d W,  (d W) act'(u),  dy plus the gradient of x, d being that of norm(x) W^T
 
-PlainProduct does them by PyTorch, piece by piece; PackedProduct by one operation of kernels/cpu/linear.cpp each.
+PlainProduct does them by PyTorch, piece by piece; GpuProduct by PyTorch on a GPU; PackedProduct by one operation of
+kernels/cpu/linear.cpp each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +19,18 @@ from torch import Tensor
 from upt_fast.engine.autograd.functions import product
 from upt_fast.engine.cpu.library import ACTIVATIONS, Factor
 from upt_fast.engine.workspace import Workspace
+
+New = Callable[..., Tensor]  # (name, like, *shape) -> an uninitialised tensor in like's dtype and device
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values of a block's rows, and the moments of the LayerNorm in front of them."""
+
+    mean: Tensor  # (B L, 1)
+    rstd: Tensor
+    q: Tensor  # (B L, D)
+    k: Tensor  # (B, P + L, D), in front of the own rows room for those of a prefix
+    v: Tensor
 
 
 class Product(Protocol):
@@ -31,7 +45,7 @@ class Product(Protocol):
         """(N, K)"""
 
     def whole(self, x: Tensor) -> bool:
-        """Whether a block of rows in x's dtype is to be one function: in half precision only where sums round once."""
+        """Whether a block of rows like x is to be one function: in half precision only where sums round once."""
 
     def normed(
         self,
@@ -58,19 +72,19 @@ class Product(Protocol):
 
     def project(
         self,
+        new: New,
         space: Workspace,
         scratch: Workspace,
         layer: int,
         x: Tensor,
         eps: float,
         bias: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Queries q (B L, D), keys and values into the last L rows of k and v (B, P + L, D), of x (B L, D), N = 3 D.
+        batch: int,
+        prefix: int,
+    ) -> Projected:
+        """Queries, keys and values of x (B L, D), N = 3 D, in new memory; the moments lie in space.
 
-        The moments that come back, mean and 1 / standard deviation, lie in space.
+        bias is zero for keys and values; there are B sequences, with P keys and values in front of the own ones.
         """
 
     def added(self, a: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
@@ -94,7 +108,7 @@ class PlainProduct(NamedTuple):
     plain: Tensor
 
     def whole(self, x: Tensor) -> bool:
-        return x.dtype.itemsize >= 4
+        return x.dtype.itemsize >= 4 and x.device.type == "cpu"
 
     def normed(
         self,
@@ -121,23 +135,24 @@ class PlainProduct(NamedTuple):
 
     def project(
         self,
+        new: New,
         space: Workspace,
         scratch: Workspace,
         layer: int,
         x: Tensor,
         eps: float,
         bias: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        width, length = x.shape[1], len(x) // len(k)
+        batch: int,
+        prefix: int,
+    ) -> Projected:
+        width, length = x.shape[1], len(x) // batch
+        q, k, v = _apart(new, x, batch, prefix)
         h, mean, rstd = space.normalize("attention", layer, x, eps)
         product(h, self.plain[:width], bias[:width], out=q)
         kv = product(h, self.plain[width:], out=scratch.scratch("wide", x, len(x), 2 * width))
         for buffer, own in ((k, kv[:, :width]), (v, kv[:, width:])):
-            buffer[:, -length:] = own.view(len(k), length, width)
-        return mean, rstd
+            buffer[:, prefix:] = own.view(batch, length, width)
+        return Projected(mean, rstd, q, k, v)
 
     def added(self, a: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
         if a.dtype.itemsize < 4 and residual is not None:
@@ -160,6 +175,51 @@ class PlainProduct(NamedTuple):
         self, space: Workspace, d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, spare: Tensor
     ) -> Tensor:
         return space.normalize_backward(self.times(d, spare), x, mean, rstd, dy)
+
+
+class GpuProduct:
+    """What :class:`PlainProduct` does otherwise on a GPU, where a launch costs as much as a small product.
+
+    cuBLAS adds a bias in float32 before it rounds, within the product. It could add a residual so too (beta = 1), but
+    PyTorch copies that into the result first, and the bias then needs a pass of its own, which rounds the large sum
+    once more. So the residual is what is added by itself: as many launches, and two roundings, of the product and of
+    the sum, the same that plain PyTorch has.
+    """
+
+    plain: Tensor
+
+    def whole(self, x: Tensor) -> bool:
+        return True
+
+    def project(
+        self,
+        new: New,
+        space: Workspace,
+        scratch: Workspace,
+        layer: int,
+        x: Tensor,
+        eps: float,
+        bias: Tensor,
+        batch: int,
+        prefix: int,
+    ) -> Projected:
+        """See :class:`Product`; keys and values lie side by side, and queries beside them where there is no prefix."""
+        width = x.shape[1]
+        h, mean, rstd = space.normalize("attention", layer, x, eps)
+        if not prefix:
+            qkv = torch.addmm(bias, h, self.plain.t(), out=new("qkv", x, len(x), 3 * width))
+            q, k, v = qkv.chunk(3, dim=1)
+            return Projected(mean, rstd, q, k.unflatten(0, (batch, -1)), v.unflatten(0, (batch, -1)))
+        q = torch.addmm(bias[:width], h, self.plain[:width].t(), out=new("q", x, len(x), width))
+        own = h.view(batch, -1, width)
+        kv = new("kv", x, batch, prefix + own.shape[1], 2 * width)
+        # one product per image, for it can write behind the prefix, where one for all would have to be copied
+        torch.bmm(own, self.plain[width:].t().expand(batch, width, 2 * width), out=kv[:, prefix:])
+        return Projected(mean, rstd, q, *kv.chunk(2, dim=2))
+
+    def added(self, a: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
+        y = product(a, self.plain, bias, out=out)
+        return y if residual is None else y.add_(residual)
 
 
 class PackedProduct(NamedTuple):
@@ -198,21 +258,22 @@ class PackedProduct(NamedTuple):
 
     def project(
         self,
+        new: New,
         space: Workspace,
         scratch: Workspace,
         layer: int,
         x: Tensor,
         eps: float,
         bias: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        batch: int,
+        prefix: int,
+    ) -> Projected:
+        q, k, v = _apart(new, x, batch, prefix)
         mean, rstd = moments(space, "attention", layer, x)
-        length, total = len(x) // len(k), k.shape[1]
-        places = [0, length, length], [0, total, total], [0, total - length, total - length]
+        length, total = len(x) // batch, k.shape[1]
+        places = [0, length, length], [0, total, total], [0, prefix, prefix]
         torch.ops.upt_fast_cpu.norm_linear(x, eps, *self.forward, bias, 0, None, [q, k, v], *places, mean, rstd)
-        return mean, rstd
+        return Projected(mean, rstd, q, k, v)
 
     def added(self, a: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
         torch.ops.upt_fast_cpu.linear_residual(a, *self.forward, bias, residual, out)
@@ -243,6 +304,12 @@ def moments(space: Workspace, label: str, layer: int, x: Tensor) -> tuple[Tensor
     like = x.new_empty(0, dtype=torch.float32)
     mean, rstd = (space.kept(f"{label} {kind}", layer, like, len(x), 1) for kind in ("mean", "rstd"))
     return mean, rstd
+
+
+def _apart(new: New, x: Tensor, batch: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for queries, keys and values of x (B L, D), each for itself; see :class:`Projected`."""
+    total = prefix + len(x) // batch
+    return new("q", x, *x.shape), new("k", x, batch, total, x.shape[1]), new("v", x, batch, total, x.shape[1])
 
 
 def _activate(out: Tensor, u: Tensor, kind: str) -> None:

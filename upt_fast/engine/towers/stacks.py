@@ -15,13 +15,14 @@ from torch import Tensor
 from upt_fast.clip.frozen import FrozenBlock
 from upt_fast.engine import fp8
 from upt_fast.engine.autograd import functions
-from upt_fast.engine.autograd.attention import CompiledAttention
+from upt_fast.engine.autograd.attention import ChoosesAttention, CompiledAttention, FlashAttention
 from upt_fast.engine.autograd.composing import has_data
+from upt_fast.engine.autograd.gpu_attention import FusedAttention
 from upt_fast.engine.backends import compiled
 from upt_fast.engine.cpu import counted, ways
 from upt_fast.engine.fp8 import Fp8Weight
 from upt_fast.engine.towers.folding import fold_block
-from upt_fast.engine.weights import BlockWeights, Fp8Heads, Fp8MLP, MLPWeights, Packed, PackedLast, Plain
+from upt_fast.engine.weights import BlockWeights, Fp8Heads, Fp8MLP, MLPWeights, Packed, PackedLast, Plain, PlainOnGpu
 
 if TYPE_CHECKING:
     from upt_fast.engine.towers.blocks import FrozenBlocks
@@ -33,6 +34,9 @@ TYPICAL_BATCH, MOST_ROWS, TEXT_ROWS = 8, 2048, 384
 class PlainStack:
     """Weights in the blocks' dtype."""
 
+    kind: type[Plain] = Plain
+    attention: ChoosesAttention = FlashAttention()
+
     def fold(self, block: FrozenBlock, num_heads: int, activation: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """One block's buffers by name."""
         return fold_block(block, num_heads, activation, dtype)
@@ -40,6 +44,8 @@ class PlainStack:
     def placed(self, blocks: FrozenBlocks, packs: bool) -> PlainStack:
         """The kind for the place where the buffers are now; packs: whether the compiled operations may have theirs."""
         weight = blocks.qkv_weight
+        if weight.device.type == "cuda":
+            return GpuStack()
         if weight.device.type != "cpu" or not has_data(weight):
             return PlainStack()
         if weight.dtype == torch.float32:
@@ -51,11 +57,11 @@ class PlainStack:
 
     def layer(self, blocks: FrozenBlocks, i: int) -> BlockWeights:
         """The weights of layer i."""
-        qkv, out, fc, proj = (
-            Plain(weight[i]) for weight in (blocks.qkv_weight, blocks.out_weight, blocks.fc_weight, blocks.proj_weight)
-        )
+        weights = blocks.qkv_weight, blocks.out_weight, blocks.fc_weight, blocks.proj_weight
+        qkv, out, fc, proj = (self.kind(weight[i]) for weight in weights)
         mlp = MLPWeights(fc, blocks.fc_bias[i], proj, blocks.proj_bias[i], blocks.eps_2[i], blocks.activation)
-        return BlockWeights(qkv, blocks.qkv_bias[i], out, blocks.out_bias[i], blocks.eps_1[i], blocks.num_heads, mlp)
+        bias, heads = blocks.qkv_bias[i], blocks.num_heads
+        return BlockWeights(qkv, bias, out, blocks.out_bias[i], blocks.eps_1[i], heads, mlp, self.attention)
 
     def pools(self, blocks: FrozenBlocks) -> bool:
         """Whether all that a layer works with lies in a pool's blocks: its products take that memory for results."""
@@ -74,6 +80,20 @@ class PlainStack:
 
     def check_composes(self) -> None:
         """Raise a ValueError where the blocks cannot be computed op by op, as composing asks for."""
+
+
+class GpuStack(PlainStack):
+    """Weights in the blocks' dtype on a GPU.
+
+    Attributes:
+        attention: of the blocks; towers that are moved keep it.
+    """
+
+    kind = PlainOnGpu
+    attention = FusedAttention()
+
+    def placed(self, blocks: FrozenBlocks, length: int) -> PlainStack:
+        return self if blocks.qkv_weight.device.type == "cuda" else super().placed(blocks, length)
 
 
 class PackedStack(PlainStack):
@@ -97,7 +117,7 @@ class PackedStack(PlainStack):
     def layer(self, blocks: FrozenBlocks, i: int) -> BlockWeights:
         plain, (qkv, out, fc, proj) = super().layer(blocks, i), self.weights[i]
         mlp = MLPWeights(fc, plain.mlp.fc_bias, proj, *plain.mlp[3:])
-        return plain._replace(qkv=qkv, out=out, mlp=mlp, attention=self.attention)
+        return plain._replace(qkv=qkv, out=out, mlp=mlp)
 
     def pools(self, blocks: FrozenBlocks) -> bool:
         return True
