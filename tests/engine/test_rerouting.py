@@ -30,6 +30,8 @@ BACKENDS = [
     "triton,xformers",
     "triton/torch",
     "torch,packed_attention=triton",
+    pytest.param("inductor", marks=pytest.mark.slow),
+    pytest.param("inductor/torch", marks=pytest.mark.slow),
 ]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="xformers and the kernels run elsewhere")
 
@@ -42,9 +44,9 @@ def build(backend: str, **options) -> FastUPT:
 def run(model: FastPromptedCLIP) -> list[torch.Tensor]:
     """Logits, all gradients, and the class features that evaluation keeps."""
     model.zero_grad(set_to_none=True)
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = model(images)
-    F.cross_entropy(logits, torch.arange(3) % logits.shape[1]).backward()
+    F.cross_entropy(logits, torch.arange(2)).backward()
     with torch.no_grad():
         texts = model.eval().encode_text()
     model.train()
@@ -63,7 +65,8 @@ def test_as_if_built_with_it(backend):
         built, model = build(backend), build("torch,triton" if backend == "torch" else "torch")
         run(model)  # something is kept
         model.use_backend(backend)
-        assert model.backend == built.backend == model.prompt_learner.backend or "/" in backend
+        assert model.backend == built.backend == backend
+        assert model.prompt_learner.backend == backend.split("/")[0]
         assert [type(t.route) for t in towers(model)] == [type(t.route) for t in towers(built)]
         assert [type(t.blocks.stack) for t in towers(model)] == [type(t.blocks.stack) for t in towers(built)]
         assert equal(run(model), run(built))

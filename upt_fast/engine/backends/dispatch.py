@@ -1,8 +1,8 @@
 """Which backend computes each op, and why another would not.
 
-A backend is a file of this folder: OPS names what it has, refusals says what it does not take, and a function of an
-op's name calls it. ``torch`` has every op and is PyTorch's own operations; the others have those that they may do
-better. Ops of which a named backend has no implementation, mostly matrix products, are PyTorch's.
+A backend is a file of this folder: OPS names what it has, refusals says what it does not take, and
+a function of an op's name calls it. ``torch`` has every op and is PyTorch's own operations; the others have those that
+they may do better. Ops of which a named backend has no implementation, mostly matrix products, are PyTorch's.
 
 ``backend="auto"`` is the safe route: ``compiled``, the operations of kernels/cpu, where they run, else ``torch``. A
 named backend, or several ("triton,xformers"), never falls back: an op that it has and cannot run is an error with the
@@ -19,10 +19,16 @@ import torch
 from torch import Tensor
 
 from upt_fast.engine.autograd import composing
-from upt_fast.engine.backends import compiled, pytorch, triton, xformers
+from upt_fast.engine.backends import compiled, inductor, pytorch, triton, xformers
 from upt_fast.engine.backends.asked import AUTO, Asked, AskedOfTowers
 
-BACKENDS: dict[str, Any] = {"triton": triton, "xformers": xformers, "compiled": compiled, "torch": pytorch}
+BACKENDS: dict[str, Any] = {
+    "triton": triton,
+    "inductor": inductor,
+    "xformers": xformers,
+    "compiled": compiled,
+    "torch": pytorch,
+}
 # op -> backends that have it
 OPS = {op: tuple(name for name, backend in BACKENDS.items() if op in backend.OPS) for op in pytorch.OPS}
 _ASK_FOR_IT = "auto takes the safe route; name the backend to use it"

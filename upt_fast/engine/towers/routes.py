@@ -1,6 +1,7 @@
 """The route through a tower's layers that serves what was asked for, and what cannot be asked for together.
 
 Rows            rows in, rows out (rows.py): "auto", "torch", "compiled", and attention by others
+Regions         the same with layers that torch.compile has compiled (regions.py): "inductor"
 Streams         for kernels that work on sums and LayerNorms, and read the prompts' keys and values in place
 ReservedStreams the same beside attention that takes no shared keys (streams.py)
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from upt_fast.engine.backends.asked import Asked, AskedOfTowers
 from upt_fast.engine.backends.dispatch import BACKENDS
+from upt_fast.engine.towers.regions import Regions
 from upt_fast.engine.towers.route import Route
 from upt_fast.engine.towers.rows import Rows
 from upt_fast.engine.towers.streams import ReservedStreams, Streams
@@ -16,7 +18,7 @@ from upt_fast.engine.towers.streams import ReservedStreams, Streams
 # ops of neither tower, which follow what the image tower was asked for
 MODEL_OPS = frozenset({"prompt_transform", "contrastive_loss"})
 # named alone: they compute whole layers
-WHOLE = ("compiled",)
+WHOLE = ("compiled", "inductor")
 
 
 def choose(asked: Asked) -> Route:
@@ -34,7 +36,9 @@ def choose(asked: Asked) -> Route:
             )
     if _wants("buffer_attention", asked):
         return ReservedStreams(asked)
-    return Streams(asked) if _wants("add_layer_norm", asked) else Rows(asked)
+    if _wants("add_layer_norm", asked):
+        return Streams(asked)
+    return Regions(asked) if "inductor" in asked.names else Rows(asked)
 
 
 def _wants(op: str, asked: Asked) -> bool:
