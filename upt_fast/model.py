@@ -57,7 +57,8 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         memory: "fast", "balanced" or "lean": backward recomputes nothing, the MLPs' hidden features, whole blocks.
         backend: who computes the operations. "auto": what upt-fast tune, or a training run, has measured to be the
             fastest here, else the compiled CPU operations where they run, else PyTorch's. Or a name ("torch",
-            "compiled", "triton", "xformers"), or several with commas ("triton,xformers"), which never fall back.
+            "compiled", "inductor", "triton", "xformers" and others: docs/kernels.md), or several with commas
+            ("triton,xformers"), which never fall back.
             OP=NAME among them overrides who computes one operation ("triton,linear_gelu=torch"), a slash gives the
             image tower and the text tower different ones ("torch/compiled"); see upt_fast/engine/backends/asked.py.
         text_batch: for methods whose texts depend on the image: images whose texts run at once; more are computed

@@ -8,6 +8,7 @@ import torch
 from upt_fast.engine.backends import dispatch
 from upt_fast.engine.backends.asked import TORCH, UNASKED, Asked, AskedOfTowers
 from upt_fast.engine.towers import routes
+from upt_fast.engine.towers.regions import Regions
 from upt_fast.engine.towers.rows import Rows
 from upt_fast.engine.towers.streams import ReservedStreams, Streams
 
@@ -85,6 +86,14 @@ def test_a_tower_takes_no_slash():
         ("compiled", Rows),
         ("packed_attention=triton", Rows),
         ("torch,prefix_attention=triton", Rows),
+        ("flash", Rows),
+        ("auto,prefix_attention=cudnn", Rows),
+        ("inductor", Regions),
+        ("inductor,packed_attention=triton", Regions),
+        ("flash,triton", Streams),
+        ("varlen", ReservedStreams),
+        ("flash,varlen", ReservedStreams),
+        ("flash_attn", ReservedStreams),
         ("triton", Streams),
         ("torch,triton", Streams),
         ("auto,add_layer_norm=triton", Streams),
@@ -99,16 +108,23 @@ def test_routes(text, route):
     found = routes.choose(asked)
     assert type(found) is route
     assert found.asked == asked
-    assert found.packs == (text in ("auto", "compiled", "packed_attention=triton"))
+    assert found.packs == (text in ("auto", "compiled", "packed_attention=triton", "auto,prefix_attention=cudnn"))
 
 
-@pytest.mark.parametrize("text", ["compiled,triton", "triton,compiled", "torch,compiled"])
-def test_who_computes_whole_layers_is_named_alone(text):
-    other = text.replace("compiled", "").strip(",")
+@pytest.mark.parametrize(
+    ("text", "whole", "other"),
+    [
+        ("compiled,triton", "compiled", "triton"),
+        ("torch,compiled", "compiled", "torch"),
+        ("inductor,triton", "inductor", "triton"),
+        ("varlen,inductor,flash", "inductor", "varlen,flash"),
+    ],
+)
+def test_who_computes_whole_layers_is_named_alone(text, whole, other):
     with pytest.raises(ValueError) as caught:
         routes.check(AskedOfTowers.of(text))
-    assert f"backend='{text}': compiled computes whole layers and leaves {other} nothing to do" in str(caught.value)
-    assert f"'compiled/{other}'" in str(caught.value)
+    assert f"backend='{text}': {whole} computes whole layers and leaves {other} nothing to do" in str(caught.value)
+    assert f"'{whole}/{other}'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

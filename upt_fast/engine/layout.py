@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,29 @@ class PackedLayout:
         first_rows, first_classes = (list(itertools.accumulate(n, initial=0)) for n in (lengths, classes))
         with torch.inference_mode(False):  # kept for passes with and without autograd
             return torch.tensor(first_rows, device="cpu"), torch.tensor(first_classes, device="cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def buffer_ends(layout: PackedLayout, prefix: int, last_only: bool, device: str) -> tuple[Tensor, Tensor, int, int]:
+    """Where each class's queries and keys end, as attention of sequences of several lengths wants it.
+
+    Args:
+        layout: of C classes.
+        prefix: rows in front of each class's own, in buffers of keys.
+        last_only: the queries are those of each class's last row.
+        device: of the results.
+    Returns:
+        (C + 1,) int32, the first query of each class and their number; the same of keys; the most queries of a class,
+        and the most keys.
+    """
+    lengths = [length for runs in layout.sets for count, length in runs for _ in range(count)]
+    queries, keys = [1 if last_only else length for length in lengths], [prefix + length for length in lengths]
+    with torch.inference_mode(False):  # kept for passes with and without autograd
+        ends = (
+            torch.tensor(list(itertools.accumulate(n, initial=0)), dtype=torch.int32, device=device)
+            for n in (queries, keys)
+        )
+        return (*ends, max(queries), max(keys))  # type: ignore[return-value]
 
 
 class BufferPlaces(NamedTuple):

@@ -1,6 +1,6 @@
 """Which backend computes each op, and why another would not.
 
-A backend is a file of this folder: OPS names what it has, refusals says what it does not take, and
+A backend is a file of this folder (sdpa.py has three): OPS names what it has, refusals says what it does not take, and
 a function of an op's name calls it. ``torch`` has every op and is PyTorch's own operations; the others have those that
 they may do better. Ops of which a named backend has no implementation, mostly matrix products, are PyTorch's.
 
@@ -19,13 +19,18 @@ import torch
 from torch import Tensor
 
 from upt_fast.engine.autograd import composing
-from upt_fast.engine.backends import compiled, inductor, pytorch, triton, xformers
+from upt_fast.engine.backends import compiled, flash_attn, inductor, pytorch, sdpa, triton, varlen, xformers
 from upt_fast.engine.backends.asked import AUTO, Asked, AskedOfTowers
 
 BACKENDS: dict[str, Any] = {
     "triton": triton,
     "inductor": inductor,
     "xformers": xformers,
+    "flash": sdpa.flash,
+    "efficient": sdpa.efficient,
+    "cudnn": sdpa.cudnn,
+    "varlen": varlen,
+    "flash_attn": flash_attn,
     "compiled": compiled,
     "torch": pytorch,
 }

@@ -21,6 +21,14 @@ def other_dtype(dtype: torch.dtype | None, taken: tuple[torch.dtype, ...]) -> li
     return [f"{name} (takes {', '.join(names)})"]
 
 
+def older_card(device: str, wanted: tuple[int, int]) -> list[str]:
+    """A refusal of an NVIDIA card of a compute capability below that wanted; none where there is no such card."""
+    if device != "cuda" or torch.compiler.is_compiling() or torch.version.hip or not torch.cuda.is_available():
+        return []
+    found = torch.cuda.get_device_capability()
+    return [] if found >= wanted else ["compute capability {}.{} (takes {}.{} or newer)".format(*found, *wanted)]
+
+
 def with_missing(package: str, module: str, reasons: list[str]) -> list[str]:
     """The reasons, behind that for which a package cannot be imported, if any.
 

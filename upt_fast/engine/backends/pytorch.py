@@ -177,6 +177,15 @@ def buffer_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pref
     return torch.cat(outputs)
 
 
+def behind_prefix(
+    k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, set_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, P + L, H, K) of [shared prefix ; own rows], of what :func:`prefix_attention` takes."""
+    if prefix_k is None or prefix_v is None:
+        return k, v
+    return prepend_rows(prefix_k, k, set_index), prepend_rows(prefix_v, v, set_index)
+
+
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -186,9 +195,7 @@ def prefix_attention(
     set_index: Tensor | None = None,
 ) -> Tensor:
     """See upt_fast.engine.ops.prefix_attention."""
-    if prefix_k is not None and prefix_v is not None:
-        k = prepend_rows(prefix_k, k, set_index)
-        v = prepend_rows(prefix_v, v, set_index)
+    k, v = behind_prefix(k, v, prefix_k, prefix_v, set_index)
     if composing.composes(q, k, v):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return functions.attention(q, k, v).transpose(1, 2)
