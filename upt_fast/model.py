@@ -201,10 +201,10 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
             features = self._image_features(images, given, Prompts())
         else:
             prompts = self._prompts()
-            with self._beside_images():
+            with self._beside_images(prompts.text):
                 texts = F.normalize(self._class_features(prompts), dim=-1)
             features = self._image_features(images, given, prompts)
-            self._join_texts()
+            self._join_texts(texts)
         return self._logits(features, texts), features, texts
 
     def _logits(self, features: Tensor, texts: Tensor | None) -> Tensor:
@@ -231,10 +231,10 @@ class FastPromptedCLIP(PromptedImages, PromptedTexts, Rerouted, SavedWithCLIP, S
         if self.texts_by_image or self._loss_terms is not None:
             return self.loss_and_logits(images, labels, image_features=image_features)[0]
         prompts = self._prompts()
-        with self._beside_images():
+        with self._beside_images(prompts.text):
             classes = self._class_features(prompts)
         features = self._image_features(images, image_features, prompts, normalize=False)
-        self._join_texts()
+        self._join_texts(classes)
         scale, backend = self.logit_scale.exp(), self._asked.images
         return ops.contrastive_loss(features, classes, scale, labels, backend=backend).mean()
 

@@ -74,7 +74,9 @@ class CudaGraph:
     def __init__(self, device: torch.device, run: Callable[[], None]) -> None:
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream(device)):
+        # what other threads ask of CUDA, as a loader's that pins memory, neither breaks the capture nor fails in it
+        stream, mode = torch.cuda.current_stream(device), "thread_local"
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
             run()
 
     def replay(self) -> None:
@@ -177,9 +179,11 @@ class GraphedStep:
             self._stream = torch.cuda.Stream(device)
         outer = torch.cuda.current_stream(device)
         self._stream.wait_stream(outer)
-        with torch.cuda.stream(self._stream):
-            yield
-        outer.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # the batch's memory is the outer stream's: it is used again behind this step's reads
+            outer.wait_stream(self._stream)
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)

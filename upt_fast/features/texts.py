@@ -189,18 +189,30 @@ class PromptedTexts(nn.Module):
         return features
 
     @contextlib.contextmanager
-    def _beside_images(self) -> Iterator[None]:
-        """Run the text tower on a stream of its own, where a captured step asks for it."""
+    def _beside_images(self, given: Tensor | None) -> Iterator[None]:
+        """Run the text tower on a stream of its own, where a captured step asks for it.
+
+        Autograd runs each backward on its forward's stream, waits where gradients cross and tells the allocator of
+        those. What crosses in forward it must be told here: memory goes back to the stream that it came from.
+
+        Args:
+            given: the text prompts, which the learner made on the other stream.
+        """
         if self.text_stream is None:
             yield
             return
         self.text_stream.wait_stream(torch.cuda.current_stream(self.logit_scale.device))
+        if given is not None:
+            given.record_stream(self.text_stream)
         with torch.cuda.stream(self.text_stream):
             yield
 
-    def _join_texts(self) -> None:
+    def _join_texts(self, features: Tensor) -> None:
+        """Let the stream of the images wait for the class features, which it reads from here on."""
         if self.text_stream is not None:
-            torch.cuda.current_stream(self.logit_scale.device).wait_stream(self.text_stream)
+            images_stream = torch.cuda.current_stream(self.logit_scale.device)
+            images_stream.wait_stream(self.text_stream)
+            features.record_stream(images_stream)
 
     def _group(self, batch: int) -> int:
         """Images whose texts run at once."""
