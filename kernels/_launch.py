@@ -28,9 +28,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the kernel, its arguments by name, and options such as num_warps."""
+    """One recorded launch: the kernel, its grid, its arguments by name, and options such as num_warps."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int]
 
@@ -53,7 +54,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     recorded = _recorded.get()
     if recorded is not None:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
-        recorded.append(Launch(kernel, arguments, options))
+        recorded.append(Launch(kernel, grid, arguments, options))
     elif all(grid):
         if reason := interpreter_refusal():
             raise ValueError(reason)

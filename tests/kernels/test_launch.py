@@ -48,8 +48,8 @@ def test_record_keeps_arguments_and_options_apart():
         launch(kernel, (2,), x_ptr=META, M=6, BLOCK_M=16, num_warps=4, num_stages=2)
         launch(kernel, (0,), M=0)
     assert kernel.calls == []
-    first = Launch(kernel, {"x_ptr": META, "M": 6, "BLOCK_M": 16}, {"num_warps": 4, "num_stages": 2})
-    assert launches == [first, Launch(kernel, {"M": 0}, {})]
+    first = Launch(kernel, (2,), {"x_ptr": META, "M": 6, "BLOCK_M": 16}, {"num_warps": 4, "num_stages": 2})
+    assert launches == [first, Launch(kernel, (0,), {"M": 0}, {})]
 
 
 def test_record_nests_and_ends():
