@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from upt_fast.cli import main
-from upt_fast.engine.backends import dispatch
+from upt_fast.engine.backends import dispatch, xformers_operators
+from upt_fast.engine.backends.xformers_operators import USES
 from upt_fast.tools import info
 from upt_fast.version import __version__
 
@@ -23,6 +24,9 @@ def test_collect():
         assert {op["backend"], *op["refused"]} == set(dispatch.BACKENDS)
         assert all(op["refused"].values())
     assert found["auto"].keys() == found["cpu_ops"].keys()
+    assert bool(found["xformers"]["problem"]) != bool(found["xformers"]["cards"])
+    for operators in found["xformers"]["cards"].values():
+        assert operators.keys() == {f"{t} {use}" for t in ("float32", "float16", "bfloat16") for use in USES}
     compiled = "torch" if found["cpu_ops"]["float32"] or torch.cuda.is_available() else "compiled"
     assert {name: found["ops"][name]["backend"] for name in ("linear", "mlp", "block")} == {
         "linear": "torch",
@@ -52,6 +56,10 @@ def test_json_and_text_agree(capsys):
         assert f"auto, ViT-B/16, {dtype}: {backend}\n" in text
     for backend, reasons in choice["refused"].items():
         assert f"not {backend}: {'; '.join(reasons)}" in text
+    for card, uses in found["xformers"]["cards"].items():
+        for use, operators in uses.items():
+            (line,) = (x for x in text.splitlines() if x.startswith(f"    {card}, ") and use in x)
+            assert f": {operators['forward'] or 'no forward'} and {operators['backward'] or 'no backward'}" in line
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -89,3 +97,10 @@ def test_the_named_backend_is_shown(monkeypatch):
     assert info.collect()["text_ops"] == {}
     assert ops["layer_norm"]["refused"]["torch"] == ["the backend asked for is triton,xformers"]
     assert ops["layer_norm"]["refused"]["xformers"] == ["has no implementation of this op"]
+
+
+def test_without_xformers(monkeypatch, capsys):
+    monkeypatch.setattr(xformers_operators, "problem", lambda: "xformers is not installed")
+    assert info.collect()["xformers"] == {"problem": "xformers is not installed", "cards": {}}
+    assert main(["info"]) == 0
+    assert "xformers' operators: xformers is not installed\n" in capsys.readouterr().out

@@ -37,6 +37,7 @@ def run(options: Namespace) -> int:
             print(f"op {op}{tower}: {choice['backend']}")
             for backend, reasons in choice["refused"].items():
                 print(f"    not {backend}: {'; '.join(reasons)}")
+    print(_describe_xformers(**found["xformers"]))
     for dtype, reason in found["cpu_ops"].items():
         print(f"compiled CPU operations, {dtype}: {reason or 'used by wide towers'}")
     print(_describe_choices(**found["choices"]))
@@ -44,6 +45,21 @@ def run(options: Namespace) -> int:
         runs = "runs where it is asked for" + (", slower than bfloat16" if device == "cpu" else "")
         print(f"dtype fp8, {device}: {reason or runs}")
     return 1 if found["problem"] else 0
+
+
+def _describe_xformers(problem: str, cards: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The operators that would compute attention with backend="xformers", by GPU."""
+    if problem:
+        return f"xformers' operators: {problem}"
+    lines = ["xformers' operators, forward and backward, as its dispatcher says:"]
+    for card, uses in cards.items():
+        said: dict[str, list[str]] = {}
+        for use, operators in uses.items():
+            named = [operators[direction] or f"no {direction}" for direction in ("forward", "backward")]
+            why = [f"{name}: {', '.join(reasons)}" for name, reasons in operators["refused"].items()]
+            said.setdefault(f"{' and '.join(named)}{' (' * bool(why)}{'; '.join(why)}{')' * bool(why)}", []).append(use)
+        lines += [f"    {card}, {', '.join(uses)}: {text}" for text, uses in said.items()]
+    return "\n".join(lines)
 
 
 def _describe_choices(measured: bool, machine: dict[str, str], kept: dict[str, dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from upt_fast.engine import fp8
-    from upt_fast.engine.backends import dispatch
+    from upt_fast.engine.backends import dispatch, xformers_operators
     from upt_fast.engine.cpu import library
     from upt_fast.engine.towers import routes
     from upt_fast.engine.tuning import choices, machine
@@ -54,6 +54,7 @@ def collect() -> dict[str, Any]:
         "auto": {str(d).removeprefix("torch."): dispatch.safe(device, d, *VIT_B16) for d in dtypes},
         "ops": ops,
         "text_ops": text_ops,
+        "xformers": {"problem": xformers_operators.problem(), "cards": _xformers_operators()},
         "cpu_ops": {str(d).removeprefix("torch."): library.refusal(d) for d in dtypes},
         "choices": {"measured": choices.measures(), "machine": machine.machine(), "kept": choices.kept()},
         "fp8": {name: fp8.refusal(torch.device(name)) for name in (line.split(": ")[0] for line in devices)},
@@ -66,6 +67,22 @@ def _explain(asked: Asked, device: str) -> dict[str, Any]:
 
     found = {op: dispatch.explain(op, device, asked) for op in dispatch.OPS}
     return {op: {"backend": chosen, "refused": refused} for op, (chosen, refused) in found.items()}
+
+
+def _xformers_operators() -> dict[str, dict[str, dict[str, Any]]]:
+    """Which of xformers' operators run attention here, by GPU, then by dtype and use."""
+    from upt_fast.engine.backends import xformers, xformers_operators
+
+    if xformers_operators.problem():
+        return {}
+    return {
+        card: {
+            f"{str(dtype).removeprefix('torch.')} {use}": xformers_operators.choose(capability, dtype, use)._asdict()
+            for dtype in xformers.DTYPES
+            for use in xformers_operators.USES
+        }
+        for card, capability in xformers_operators.cards_here().items()
+    }
 
 
 def _version(package: str) -> str:

@@ -36,7 +36,7 @@ def call(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
         ValueError: none of xformers' operators takes this input; with their reasons.
     """
     try:
-        return _operations().memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0)
+        return operations().memory_efficient_attention(q, k, v, attn_bias=bias, scale=1.0)
     except NotImplementedError as error:
         raise ValueError(
             f"no backend for attention: xformers refuses; name 'torch' or 'triton' instead\n{error}"
@@ -58,13 +58,22 @@ def buffer_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pref
 def _causal_bias(layout: PackedLayout, prefix: int, num_queries: int | None, device: str) -> Any:
     """Each class's queries over its own block of keys, causal and aligned at the last key."""
     lengths = [length for runs in layout.sets for count, length in runs for _ in range(count)]
-    bias = _operations().fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+    bias = operations().fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
         [num_queries or length for length in lengths], [prefix + length for length in lengths]
     )
     return bias.to(device)
 
 
-def _operations() -> Any:
+def operations() -> Any:
+    """xformers.ops, where its operators that are PyTorch's own run whatever CUDA xformers was built for.
+
+    Its last wheel's extension asks for CUDA 12's runtime; beside a PyTorch for CUDA 13 it does not load. Its dispatcher
+    then refuses every input ("xFormers wasn't build with CUDA support"), also for cutlassF-pt, fa2F-pt and their
+    backward, which are in PyTorch and not in the extension. Those that are in it are still known to be missing.
+    """
     with packages.quiet_import():
         import xformers.ops
+        from xformers.ops.fmha import common
+    if torch.version.cuda is not None:
+        common._built_with_cuda = True
     return xformers.ops
