@@ -1,6 +1,6 @@
 """All that is to be measured on a machine with a GPU, in one command: ``python bench/gpu_suite.py OUT``.
 
-Parts, each of which stops starting measurements after --minutes and goes on where it was when it is run again:
+Parts, the most valuable first, each with a share of --total-minutes (gpu/plan.py):
 
 environment  versions; matrix products, memory and launches at best
 closeness    logits and gradients in fp32, tf32, bf16, fp16 against float64: at most 1.5 times the reference's own error
@@ -11,9 +11,11 @@ profile      a step's kernels, its share of the GEMM peak, its gaps
 memory       the largest batch in 16, 24 and 80 GiB
 sanitizer    every kernel under compute-sanitizer's memcheck and racecheck
 
-Each writes OUT/<part>.json after every measurement; OUT/report.md shows them all. What was measured in the same
-environment (device, versions, sources) is not measured again. Exits with 1 where a correctness check failed.
-``--dry`` runs every part on the CPU at tiny sizes, kernels in Triton's interpreter.
+A call ends within --call-minutes; the same command again goes on where it was. OUT/<part>.json is written after every
+measurement, so that a call that is killed loses the one in progress; what was measured in the same environment (device,
+versions, sources) is not measured again. OUT/report.md is one page, the targets and what to try next; OUT/details.md
+shows all. Exits with 1 where a correctness check failed. ``--dry`` runs every part on the CPU at tiny sizes, kernels in
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu import checkout, processes
+from gpu import checkout, plan, processes
 
-PARTS = ("environment", "closeness", "tests", "steps", "ops", "profile", "memory", "sanitizer")
+PARTS = plan.PARTS
 GRACE = 25.0  # seconds that a measurement may go on after its part's time
 STARTS = 8  # of a part's process
 RESTART = 75  # gpu/worker.py's exit code: a new process can go on
@@ -38,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("out", type=Path, nargs="?", help="folder for the results")
     found.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}")
     found.add_argument("--minutes", type=float, default=9.0, help="after which a part starts no measurement (9)")
+    found.add_argument(
+        "--call-minutes", type=float, default=plan.CALL_MINUTES, help="after which a call ends (%(default)s)"
+    )
+    found.add_argument(
+        "--total-minutes", type=float, default=plan.TOTAL_MINUTES, help="of all calls together (%(default)s)"
+    )
     found.add_argument("--fresh", action="store_true", help="measure the chosen parts again from the beginning")
     found.add_argument("--dry", action="store_true", help="every part on the CPU at tiny sizes")
     found.add_argument("--seed", type=int, default=0, help="of the random weights, prompts and inputs (0)")
@@ -95,13 +103,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in parts:
             (args.out / f"{part}.json").unlink(missing_ok=True)
     # imports take longer than tiny measurements: a dry run has one process
-    codes = []
-    for group in [parts] if args.dry else [[part] for part in parts]:
-        codes.append(supervise(args, group))
-        if codes[-1] == 2:
-            return 2
+    codes = [supervise(args, parts)] if args.dry else take_turns(args, parts)
+    if 2 in codes:
+        return 2
     print(f"results in {args.out}/report.md", flush=True)
-    return max(codes)
+    return max(codes, default=0)
+
+
+def take_turns(args: argparse.Namespace, parts: Sequence[str]) -> list[int]:
+    """Run parts one after another as planned, until this call's time or that of all calls is up; their exit codes."""
+    end, ran, codes = time.monotonic() + 60 * args.call_minutes, dict.fromkeys(parts, False), []
+    for part, planned in plan.turns(args.out, parts, args.total_minutes):
+        minutes = min(planned, args.minutes, (end - time.monotonic()) / 60)
+        if minutes < plan.LEAST or (ran[part] and not plan.todo(args.out, part)):
+            continue
+        ran[part] = True
+        codes.append(supervise(argparse.Namespace(**{**vars(args), "minutes": minutes}), [part]))
+        if codes[-1] == 2:
+            return codes
+    left = [part for part in parts if plan.todo(args.out, part)]
+    if left:
+        print(f"left: {', '.join(left)}; the same command goes on, until {args.total_minutes:g} minutes are used")
+    return codes
 
 
 if __name__ == "__main__":

@@ -143,12 +143,14 @@ def test_kernels_are_tested_and_exercised(dry_run):
 
 @pytest.mark.slow
 def test_report_shows_every_part(dry_run):
-    report = (dry_run[0] / "report.md").read_text()
+    details, report = ((dry_run[0] / name).read_text() for name in ("details.md", "report.md"))
     for part in PARTS:
-        assert f"\n## {part}\n" in report
-    assert "dry run" in report
-    assert "### tiny fp32, 5 classes, batch 2" in report
-    assert "WRONG" not in report
+        assert f"\n## {part}\n" in details
+    assert "### tiny fp32, 5 classes, batch 2" in details
+    assert "WRONG" not in details
+    assert all("dry run" in text for text in (details, report))
+    assert "## Wrong\n\n- nothing\n" in report
+    assert "| step, C=100, against reference | 4x |  | not measured |" in report  # of a tiny model
 
 
 @pytest.mark.slow
@@ -192,7 +194,7 @@ def test_no_time_leaves_all(tmp_path):
     assert len(stored["left"]) == 24
     assert stored["measurements"] == {}
     assert "24 measurements left" in process.stdout
-    assert "24 left to measure" in (tmp_path / "report.md").read_text()
+    assert all("24 left to measure" in (tmp_path / name).read_text() for name in ("details.md", "report.md"))
     assert [path.name for path in tmp_path.glob("*.json")] == ["closeness.json"]
 
 
@@ -480,3 +482,104 @@ def test_configurations_start_with_the_most_telling(suite):
     assert set(dtypes) == {"bfloat16", "float32"}
     kernels = [task.key for task in suite("outside").sanitizer_tasks(machine, clips)]
     assert set(kernels) == {f"{kernel} {tool}" for kernel in KERNELS for tool in ("memcheck", "racecheck")}
+
+
+def stored(folder: Path, part: str, seconds: float, left: int = 0, **rows: dict) -> None:
+    """A part's file, with a measurement that took so long."""
+    every = {"a": {"status": "ok", "environment": "e", "version": "", "seconds": seconds}}
+    every |= {key: {"environment": "e", "version": "", "status": "ok", **row} for key, row in rows.items()}
+    content = {"current": "e", "environments": {"e": {}}, "measurements": every, "left": ["b"] * left}
+    (folder / f"{part}.json").write_text(json.dumps(content))
+
+
+def test_plan_shares_out_the_time(suite, tmp_path):
+    plan = suite("plan")
+    assert plan.PARTS == PARTS
+    turns = plan.turns(tmp_path, PARTS, 28.0)
+    assert [part for part, _ in turns] == [*PARTS, *PARTS]
+    assert sum(minutes for _, minutes in turns[: len(PARTS)]) == pytest.approx(28.0)
+    # each part's time of earlier calls is taken from its share, and from what there is for a second turn
+    stored(tmp_path, "closeness", 60 * plan.planned("closeness", 28.0), left=3)
+    stored(tmp_path, "steps", 120.0)
+    turns = plan.turns(tmp_path, PARTS, 28.0)
+    first = dict(turns[: len(PARTS) - 1])
+    assert "closeness" not in first
+    assert first["steps"] == pytest.approx(plan.planned("steps", 28.0) - 2)
+    assert dict(turns)["closeness"] == pytest.approx(28.0 - plan.planned("closeness", 28.0) - 2)
+    assert plan.todo(tmp_path, "closeness")
+    assert plan.todo(tmp_path, "ops")
+    assert not plan.todo(tmp_path, "steps")
+    # of one part alone the time is all its own
+    assert plan.turns(tmp_path, ["ops"], 10.0) == [("ops", 10.0), ("ops", 10.0)]
+    stored(tmp_path, "ops", 600.0, left=1)
+    assert plan.turns(tmp_path, ["ops"], 10.0) == []
+
+
+def test_calls_end_in_time_and_go_on(suite, tmp_path, monkeypatch):
+    """Three calls of ten minutes by a clock that measurements turn; a part that is done has no second turn."""
+    suite("plan")
+    import gpu_suite
+
+    now, needs, done = [0.0], {"environment": 0.5, "closeness": 9.0, "steps": 20.0, "ops": 3.0}, {}
+
+    def supervise(args, parts):
+        (part,) = parts
+        minutes = min(args.minutes, needs.get(part, 0.1) - done.get(part, 0.0))
+        done[part] = done.get(part, 0.0) + minutes
+        now[0] += 60 * minutes
+        stored(tmp_path, part, 60 * done[part], left=int(done[part] < needs.get(part, 0.1) - 1e-9))
+        order.append(part)
+        return 0
+
+    monkeypatch.setattr(gpu_suite, "supervise", supervise)
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
+    args, used = gpu_suite.parser().parse_args([str(tmp_path)]), []
+    for _ in range(4):
+        order, begin = [], now[0]
+        gpu_suite.take_turns(args, PARTS)
+        used.append((now[0] - begin) / 60)
+        assert used[-1] <= args.call_minutes + 1e-6
+        assert order == sorted(order, key=PARTS.index) or len(used) > 1
+    assert sum(used) == pytest.approx(28.0, abs=0.35)
+    assert set(done) == set(PARTS)
+    assert done["steps"] > done["closeness"] > done["ops"] == 3.0
+
+
+def step_row(provider: str, classes: int = 100, **row: float) -> dict:
+    return {"model": "ViT-B/16", "precision": "bf16", "batch": 32, "classes": classes, "provider": provider, **row}
+
+
+def test_the_page(suite, tmp_path):
+    """Targets met and missed, and what the figures point to."""
+    record, summary = suite("record"), suite("summary")
+    rows = {
+        "reference": step_row("reference", p50_ms=100.0, text_ms=50.0),
+        "truncated": step_row("truncated", p50_ms=30.0, text_ms=9.0),
+        "compiled": step_row("compiled", p50_ms=18.0),
+        "torch": step_row("fast torch", p50_ms=24.0, graph_ms=20.0, text_ms=4.0, graph="one stream"),
+        "triton": step_row("fast triton", p50_ms=20.0, graph_ms=10.0, graph="two streams", tflop=1.0, of_gemm_peak=0.5),
+        "wrong": step_row("fast xformers", p50_ms=1.0) | {"status": "failed", "message": "differs"},
+        "large": step_row("fast torch", 1000, p50_ms=9.0, peak_mib=5000.0),
+    }
+    stored(tmp_path, "steps", 1.0, 2, **rows)
+    op = {"op": "layer_norm", "shape": "(8, 8)", "dtype": "bfloat16"}
+    ops = {p: {**op, "provider": p, "p50_ms": ms} for p, ms in (("torch", 2.0), ("compiled", 1.5), ("triton", 1.0))}
+    stored(tmp_path, "ops", 1.0, 0, **ops)
+    page = summary.markdown([record.PartFile(tmp_path, part) for part in PARTS], "e")
+    for line in (
+        "| step, C=100, against reference | 4x | 10x | met |",
+        "| step, C=100, against truncated with torch.compile | 1.3x | 1.8x | met |",
+        "| text tower, C=100, against reference | 20x | 12.5x | **not met** |",
+        "| peak memory of a step, C=1000 | at most 4096 MiB | 5000 MiB | **not met** |",
+        "| share of the best plain product, any batch | 60 % | 50 % | **not met** |",
+        "| step, C=1000, against truncated | 3x |  | not measured |",
+        "- steps: wrong: failed: differs",
+        "- C=100: triton is the fastest backend: its ops are candidates for the default",
+        "- C=100: bound by launches: as a CUDA graph 2.00 times as fast (two streams)",
+        "- C=100: torch.compile of truncated is faster than the engine, eager: compile its blocks",
+        "- C=1000: the step is no graph: not tried",
+        "- 1 kernels beat the library: layer_norm (8, 8) bfloat16, triton: 1.50 times the library's speed",
+        "Not done: steps 2 left to measure.",
+    ):
+        assert line in page.splitlines()
+    assert len(page.splitlines()) < 60

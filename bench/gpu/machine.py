@@ -213,7 +213,10 @@ def sanitizer_path() -> str | None:
 
 
 # what compiles and tells, and changes no figure
-REPORTING = ("report.py", "_compile.py", "_targets.py", "_workloads.py", "info.py")
+REPORTING = (
+    *("report.py", "summary.py", "plan.py", "info.py"),
+    *("_compile.py", "_instructions.py", "_targets.py", "_workloads.py"),
+)
 
 
 def source_hash() -> str:

@@ -1,4 +1,4 @@
-"""OUT/report.md: tables of what has been measured in one environment."""
+"""OUT/details.md: tables of what has been measured in one environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def markdown(files: Sequence[PartFile], environment: str) -> str:
         environment: id of the one whose measurements are shown.
     """
     described = next((f.environments[environment] for f in files if environment in f.environments), {})
-    lines = ["# GPU suite", "", _environment(described)]
+    lines = ["# GPU suite: details", "", environment_line(described)]
     for file in files:
         rows = {key: row for key, row in file.rows.items() if row["environment"] == environment}
         others = len(file.rows) - len(rows)
@@ -30,12 +30,12 @@ def markdown(files: Sequence[PartFile], environment: str) -> str:
         notes += [f"{others} of another environment not shown"] * bool(others)
         lines += ["", f"## {file.part}", "", f"{', '.join(notes)}."]
         if rows:
-            lines += ["", *SECTIONS[file.part]([{"key": key, **row} for key, row in rows.items()])]
+            lines += ["", *SECTIONS.get(file.part, _plain)([{"key": key, **row} for key, row in rows.items()])]
         lines += _messages(rows)
     return "\n".join(lines) + "\n"
 
 
-def _environment(found: dict[str, Any]) -> str:
+def environment_line(found: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.get("packages", {}).items())
     parts = [
         f"{found.get('device')}, driver {found.get('driver')}, CUDA {found.get('cuda')}, Python {found.get('python')}",
@@ -225,6 +225,12 @@ def _memory(rows: Sequence[Row]) -> list[str]:
 def _sanitizer(rows: Sequence[Row]) -> list[str]:
     cells = [[row["key"], row.get("summary") or ", ".join(row.get("ops", [])), _mark(row, "")] for row in rows]
     return table(["kernel and tool", "summary", ""], cells, 3)
+
+
+def _plain(rows: Sequence[Row]) -> list[str]:
+    """Of a part that has no table of its own: the time of each measurement."""
+    cells = [[_mark(row, row["key"]), row.get("p50_ms"), row.get("message")] for row in rows]
+    return table(["measurement", "ms", ""], cells)
 
 
 SECTIONS: dict[str, Callable[[Sequence[Row]], list[str]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import signal
 import sys
@@ -10,26 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from gpu import closeness, environment, memory, ops, outside, profile, report, steps
+from gpu import outside, report, summary
 from gpu.machine import Machine
 from gpu.models import Clips
-from gpu.record import PartFile, run_part
+from gpu.plan import PARTS
+from gpu.record import PartFile, Task, run_part
 
 from upt_fast.common.files import write_text
 from upt_fast.engine.backends import dispatch
 from upt_fast.testing import xformers_on_cpu
 
-TASKS = {
-    "environment": environment.tasks,
-    "closeness": closeness.tasks,
-    "tests": outside.test_tasks,
-    "steps": steps.tasks,
-    "ops": ops.tasks,
-    "profile": profile.tasks,
-    "memory": memory.tasks,
-    "sanitizer": outside.sanitizer_tasks,
-}
+ELSEWHERE = {"tests": ("outside", "test_tasks"), "sanitizer": ("outside", "sanitizer_tasks")}  # module, function
 RESTART = 75  # exit code: the CUDA context is lost, a new process can go on
+
+
+def tasks_of(part: str, machine: Machine, clips: Clips) -> list[Task]:
+    """A part's measurements, the most valuable first."""
+    module, function = ELSEWHERE.get(part, (part, "tasks"))
+    return getattr(importlib.import_module(f"gpu.{module}"), function)(machine, clips)
 
 
 def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str, seed: int = 0) -> int:
@@ -37,7 +36,7 @@ def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str
 
     Args:
         folder: OUT.
-        parts: keys of TASKS.
+        parts: names of PARTS.
         dry: on the CPU, at tiny sizes.
         minutes: for each part.
         died: how the process before this one ended, where it did not end well.
@@ -57,7 +56,7 @@ def run(folder: Path, parts: Sequence[str], dry: bool, minutes: float, died: str
         for part in parts:
             file = PartFile(folder, part)
             file.bury(died or "its process died")
-            sound = run_part(file, TASKS[part](machine, clips), described, minutes, machine.healthy)
+            sound = run_part(file, tasks_of(part, machine, clips), described, minutes, machine.healthy)
             write_report(folder, described[0])
             if not sound:
                 return RESTART
@@ -81,8 +80,10 @@ def stand_in(machine: Machine) -> contextlib.AbstractContextManager:
 
 
 def write_report(folder: Path, environment: str) -> None:
-    """OUT/report.md, of all parts measured so far."""
-    write_text(folder / "report.md", report.markdown([PartFile(folder, part) for part in TASKS], environment))
+    """OUT/report.md, one page, and OUT/details.md, of all parts measured so far."""
+    files = [PartFile(folder, part) for part in PARTS]
+    write_text(folder / "report.md", summary.markdown(files, environment))
+    write_text(folder / "details.md", report.markdown(files, environment))
 
 
 def bury(folder: Path, part: str, reason: str) -> bool:

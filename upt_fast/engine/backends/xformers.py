@@ -64,6 +64,7 @@ def _causal_bias(layout: PackedLayout, prefix: int, num_queries: int | None, dev
     return bias.to(device)
 
 
+@functools.cache
 def operations() -> Any:
     """xformers.ops, where its operators that are PyTorch's own run whatever CUDA xformers was built for.
 
