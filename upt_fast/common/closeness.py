@@ -129,6 +129,45 @@ def _mean_square(t: Tensor) -> float:
     return float(t.detach().double().square().mean()) if t.numel() else 0.0
 
 
+class Explained:
+    """What rounding explains of the errors of results; samples of it are drawn once for all results that are asked of.
+
+    Args:
+        run: computes the results in float64, gradients included.
+        dtype: the lowest precision in which results are kept on the way.
+    """
+
+    def __init__(self, run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> None:
+        self.run, self.dtype = run, dtype
+        self.wanted = [t.detach() for t in run()]
+        self._sums: list[list[float]] = []  # of squared errors over the samples so far, by sample and result
+
+    def shares(self, got: Sequence[Tensor]) -> list[float]:
+        """Errors of results as shares of what rounding explains: at most 1 where they are right."""
+        exact = EXACT * torch.finfo(self.dtype).eps
+        shares = [relative_rms(g, w) / exact for g, w in zip(got, self.wanted, strict=True)]
+        if max(shares, default=0.0) <= 1 or not all(map(math.isfinite, shares)):
+            return shares
+        errors = [_mean_square(g.detach().double().to(w.device) - w) for g, w in zip(got, self.wanted, strict=True)]
+        floors = [exact**2 * _mean_square(w) for w in self.wanted]
+        for seed in range(SAMPLES):
+            spreads = self._spreads(seed)
+            allowed = [max(SPREADS**2 * s / (seed + 1), floor) for s, floor in zip(spreads, floors, strict=True)]
+            shares = [math.sqrt(e / a) if a else math.inf if e else 0.0 for e, a in zip(errors, allowed, strict=True)]
+            if max(shares) <= CLEAR:
+                break
+        return shares
+
+    def _spreads(self, seed: int) -> list[float]:
+        """Sums of squares over samples 0 to seed."""
+        if seed == len(self._sums):
+            with RoundingErrors(self.dtype, seed):
+                found = [t.detach() for t in self.run()]
+            before = self._sums[-1] if self._sums else [0.0] * len(self.wanted)
+            self._sums.append([s + _mean_square(f - w) for s, f, w in zip(before, found, self.wanted, strict=True)])
+        return self._sums[seed]
+
+
 def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> list[float]:
     """Errors of results as shares of what rounding explains: at most 1 where they are right.
 
@@ -137,23 +176,7 @@ def excesses(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: 
         run: computes the same in float64, gradients included.
         dtype: the lowest precision in which results are kept on the way.
     """
-    wanted = [t.detach() for t in run()]
-    exact = EXACT * torch.finfo(dtype).eps
-    shares = [relative_rms(g, w) / exact for g, w in zip(got, wanted, strict=True)]
-    if max(shares, default=0.0) <= 1 or not all(map(math.isfinite, shares)):
-        return shares
-    errors = [_mean_square(g.detach().double().to(w.device) - w) for g, w in zip(got, wanted, strict=True)]
-    floors = [exact**2 * _mean_square(w) for w in wanted]
-    spreads = [0.0] * len(wanted)  # sums of squares
-    for seed in range(SAMPLES):
-        with RoundingErrors(dtype, seed):
-            found = [t.detach() for t in run()]
-        spreads = [s + _mean_square(f - w) for s, f, w in zip(spreads, found, wanted, strict=True)]
-        allowed = [max(SPREADS**2 * s / (seed + 1), floor) for s, floor in zip(spreads, floors, strict=True)]
-        shares = [math.sqrt(e / a) if a else math.inf if e else 0.0 for e, a in zip(errors, allowed, strict=True)]
-        if max(shares) <= CLEAR:
-            break
-    return shares
+    return Explained(run, dtype).shares(got)
 
 
 def assert_rounded(got: Sequence[Tensor], run: Callable[[], Sequence[Tensor]], dtype: torch.dtype) -> None:

@@ -187,9 +187,10 @@ class TunedStep:
             if known is not None:
                 self.model.take_way(known.way)
             else:
-                self.model.reroute(route.backend)
                 if self._judge is None:
+                    self.model.take_way(self._lanes[self.usual.name].way)
                     self._judge = make_judge(self.model)
+                self.model.reroute(route.backend)
                 verdict = self._judge(small_results(self.model))
                 details |= {"error": verdict.error, "plain_error": verdict.plain_error}
                 if verdict.reason:

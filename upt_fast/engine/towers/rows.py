@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from upt_fast.engine import ops
+from upt_fast.engine.autograd.gpu_attention import NAMES as KERNELS
+from upt_fast.engine.autograd.gpu_attention import FusedAttention
 from upt_fast.engine.backends import compiled, dispatch
 from upt_fast.engine.towers import prompts
 from upt_fast.engine.towers.blocks import FrozenBlocks
 from upt_fast.engine.towers.prompts import Packed
 from upt_fast.engine.towers.route import Pooled, Route, Summands, constant_heads, keys_values
+from upt_fast.engine.weights import BlockWeights
 from upt_fast.engine.workspace import Workspace
 
 
@@ -29,6 +32,11 @@ class Rows(Route):
         return "prefix_attention" in dict(self.asked.ops) or any(
             "prefix_attention" in dispatch.BACKENDS[name].OPS for name in names
         )
+
+    @property
+    def pinned(self) -> str:
+        """Which of PyTorch's kernels attention of images is held to; a layer can be one function with it on a GPU."""
+        return next((name for name in self.asked.wanted("prefix_attention") if name in KERNELS), "")
 
     @property
     def packs(self) -> bool:
@@ -77,8 +85,23 @@ class Rows(Route):
         """Layer i of rows x (B, L, w) of images; prefix: (S, P, 2, H, K) or None."""
         prefix_k, prefix_v = keys_values(prefix)
         weights = blocks.layer(i)
-        if not self.attends:
-            return weights.block(x, prefix_k, prefix_v, set_index, blocks.memory, workspace, i)
+        if self.pinned and x.device.type == "cuda":
+            weights = weights._replace(attention=FusedAttention(self.pinned))
+        elif self.attends:
+            return self._by_ops(blocks, i, weights, x, prefix, set_index, workspace)
+        return weights.block(x, prefix_k, prefix_v, set_index, blocks.memory, workspace, i)
+
+    def _by_ops(
+        self,
+        blocks: FrozenBlocks,
+        i: int,
+        weights: BlockWeights,
+        x: Tensor,
+        prefix: Tensor | None,
+        set_index: Tensor | None,
+        workspace: Workspace,
+    ) -> Tensor:
+        prefix_k, prefix_v = keys_values(prefix)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.prefix_attention(q, k, v, prefix_k, prefix_v, set_index, self.asked)

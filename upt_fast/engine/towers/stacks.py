@@ -92,8 +92,8 @@ class GpuStack(PlainStack):
     kind = PlainOnGpu
     attention = FusedAttention()
 
-    def placed(self, blocks: FrozenBlocks, length: int) -> PlainStack:
-        return self if blocks.qkv_weight.device.type == "cuda" else super().placed(blocks, length)
+    def placed(self, blocks: FrozenBlocks, packs: bool) -> PlainStack:
+        return self if blocks.qkv_weight.device.type == "cuda" else super().placed(blocks, packs)
 
 
 class PackedStack(PlainStack):
