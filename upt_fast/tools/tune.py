@@ -30,15 +30,7 @@ from upt_fast.methods import find_method
 from upt_fast.model import DTYPES, FastPromptedCLIP
 from upt_fast.reference import TWINS, ReferencePromptedCLIP
 from upt_fast.steps.measured import INFERENCE, STEP
-from upt_fast.steps.twins import (
-    make_judge,
-    result_names,
-    results,
-    small_images,
-    small_results,
-    small_twin,
-    towers_dtype,
-)
+from upt_fast.steps.twins import CLASSES, PLAIN, result_names, results, small_images, towers_dtype
 from upt_fast.tools.isolated import Measurement, measure_isolated
 from upt_fast.tools.peak_memory import PeakMemory
 
@@ -47,6 +39,7 @@ MODES = {"train": (STEP,), "inference": (INFERENCE,), "both": (STEP, INFERENCE)}
 SECONDS = {"cuda": 110.0, "cpu": 900.0}  # of all that is measured for a size
 PATIENCE = {"cuda": 90.0, "cpu": 300.0}  # without a word: compilation is the longest
 WARMUP = 3  # steps before a capture
+LAYERS = 3  # of the model that is held to the reference
 
 
 def tune(
@@ -165,12 +158,12 @@ def measurement(
     model.settled = True
     if mode == INFERENCE:
         model.eval()
-    subject = _Subject(model, batch_size, mode)
+    small = _small(weights, tokenizer, method, precision)
+    subject = _Subject(model, small, batch_size, mode)
     where = model.logit_scale.device
     usual = model.usual_route(mode)
     found, left_out = declared(where.type, usual.backend, usual.graph)
-    judge = _judge(model, weights, tokenizer, mode)
-    del weights
+    judge = _judge(*small, tokenizer, mode)
     candidates = {name: _Candidate(subject, route) for name, route in found.items()}
 
     def healthy() -> bool:
@@ -183,18 +176,21 @@ def measurement(
 
 
 class _Subject:
-    """The model that candidates share, and a batch."""
+    """The model that candidates share, and a batch; and the small one that is held to the reference."""
 
-    def __init__(self, model: FastPromptedCLIP, batch_size: int, mode: str) -> None:
-        self.model, self.mode, self.batch_size = model, mode, batch_size
+    def __init__(
+        self, model: FastPromptedCLIP, small: tuple[FastPromptedCLIP, nn.Module], batch_size: int, mode: str
+    ) -> None:
+        self.model, self.small, self.mode, self.batch_size = model, small[0], mode, batch_size
         device = model.logit_scale.device
         shape = batch_size, 3, *model.vision_tower.image_size
         self.images = torch.randn(shape, device=device).to(towers_dtype(model))
         self.labels = torch.arange(batch_size, device=device) % len(model.classnames)
         self.ways: dict[str, Any] = {}  # by backend
 
-    def small_results(self) -> list[Tensor]:
-        found = small_results(self.model)
+    def small_results(self, backend: str) -> list[Tensor]:
+        self.small.reroute(backend)
+        found = results(self.small, small_images(self.small))
         return found[:1] if self.mode == INFERENCE else found
 
 
@@ -225,8 +221,7 @@ class _Candidate:
             raise RuntimeError(self._step.reason)
 
     def results(self) -> Sequence[Tensor]:
-        self.subject.model.take_way(self._way)
-        return self.subject.small_results()
+        return self.subject.small_results(self.route.backend)
 
     def results_at_full_size(self) -> Sequence[Tensor]:
         logits = self._once()
@@ -257,25 +252,46 @@ class _Candidate:
             return subject.model(subject.images)
 
 
-def _judge(model: FastPromptedCLIP, clip: nn.Module, tokenizer: Any, mode: str) -> Judge:
+def _small(clip: nn.Module, tokenizer: Any, method: str, precision: str) -> tuple[FastPromptedCLIP, nn.Module]:
+    """A model with few classes on the first layers of the CLIP, which have all that its others have; and that CLIP.
+
+    A method that wants more layers has all.
+    """
+    cut: Any = copy.deepcopy(clip)
+    for tower in (cut.visual, getattr(cut, "text", cut)):
+        tower.transformer.resblocks = tower.transformer.resblocks[:LAYERS]
+    for found in (cut, clip):
+        try:
+            model = _model(found, tokenizer, method, CLASSES, precision, "fast")
+        except ValueError:
+            if found is clip:
+                raise
+            continue
+        model.settled = True
+        return model.eval(), found
+    raise AssertionError
+
+
+def _judge(small: FastPromptedCLIP, clip: nn.Module, tokenizer: Any, mode: str) -> Judge:
     """Holds candidates to the plain reference; a method from a file of its own, which has none, to its own towers."""
-    if model.method not in TWINS:
-        return make_judge(model)
-    small, images = small_twin(model), small_images(model)
-    dtype = towers_dtype(model)
+    images, dtype = small_images(small), towers_dtype(small)
+    count = 1 if mode == INFERENCE else None
 
     def reference(dtype: torch.dtype) -> ReferencePromptedCLIP:
-        own, options = copy.deepcopy(clip).to(dtype), {"tokenizer": tokenizer, "config": model.config}
-        found = ReferencePromptedCLIP(own, small.classnames, method=model.method, **options)
+        own, options = copy.deepcopy(clip).to(dtype), {"tokenizer": tokenizer, "config": small.config}
+        found = ReferencePromptedCLIP(own, small.classnames, method=small.method, **options)
         found.load_state_dict(small.state_dict())
         found.to(images.device)
         return (found.double() if dtype == torch.float64 else found).eval()
 
-    count = 1 if mode == INFERENCE else None
-    exact = reference(torch.float64)
+    if small.method not in TWINS:
+        small.reroute(PLAIN)
+        plain, exact = results(small, images)[:count], copy.deepcopy(small).double()
+        return Judge(results(exact, images.double())[:count], plain, result_names(small)[:count], dtype)
+    twin = reference(torch.float64)
 
     def again() -> list[Tensor]:
-        return results(exact, images.double())[:count]
+        return results(twin, images.double())[:count]
 
     plain = results(reference(dtype), images)[:count]
     return Judge(again(), plain, result_names(small)[:count], dtype, again)
