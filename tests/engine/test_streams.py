@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.common.closeness import relative_rms
+from upt_fast.engine.backends import xformers
 from upt_fast.engine.backends.dispatch import Asked
 from upt_fast.engine.layout import PackedTiles
 from upt_fast.engine.towers.streams import Streams
@@ -215,6 +216,31 @@ def test_autocast(backend):
         own = run(reference, batch)
     for g, o, w in zip(got, own, run(reference, batch), strict=True):
         assert relative_rms(g, w) <= 2 * relative_rms(o, w)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "triton,xformers"])
+def test_autocast_beside_xformers(backend, monkeypatch):
+    """Its operators are not cast: queries, keys and values come in one dtype, in autocast's behind the first layer."""
+    given = []
+    with xformers_on_cpu():
+        attend = xformers.call
+
+        def call(q, k, v, bias):
+            given.append((bias is None, {t.dtype for t in (q, k, v)}))
+            return attend(q, k, v, bias)
+
+        monkeypatch.setattr(xformers, "call", call)
+        reference, fast = pair(backend=backend)
+        batch = images()
+        with torch.autocast(DEVICE, torch.float16):
+            got = run(fast, batch)
+            own = run(reference, batch)
+        monkeypatch.undo()
+    for g, o, w in zip(got, own, run(reference, batch), strict=True):
+        assert relative_rms(g, w) <= 2 * relative_rms(o, w)
+    assert all(len(dtypes) == 1 for _, dtypes in given), given
+    # layer 0 of the texts is a constant in the CLIP's precision
+    assert [dtypes for _, dtypes in given].count({torch.float16}) == len(given) - 1
 
 
 def test_two_models_and_two_threads_share_no_buffers():

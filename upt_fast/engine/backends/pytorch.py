@@ -73,7 +73,7 @@ def insert_shared(own: Tensor, shared: Tensor, places: BufferPlaces) -> Tensor:
     buffer[places.own_rows] = own
     slots = places.first_rows[:, None] + torch.arange(shared.shape[1], device=own.device)  # (C, P)
     set_of = torch.searchsorted(places.bounds, torch.arange(len(slots), device=own.device), right=True) - 1
-    buffer[slots] = shared[set_of]
+    buffer[slots] = shared[set_of].to(own.dtype)  # under autocast own rows of layer 0 are constants in another
     return buffer
 
 
