@@ -1,6 +1,7 @@
 """The captured training step: its bookkeeping with a stand-in for CUDA's graph, its numbers on a GPU."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,42 @@ def test_a_step_that_cannot_be_captured_stays_eager(captured, monkeypatch):
     assert step.reason == "the step cannot be captured: operation not permitted when stream is capturing"
     wanted = [plain_step(twin, other, *batch) for batch in batches(5)]
     assert relative_rms(found[-1][1], wanted[-1][1]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "alone", "scaled"),
+    [
+        (torch.optim.SGD, {"fused": True}, True, True),
+        (torch.optim.SGD, {"foreach": True}, False, False),
+        (torch.optim.AdamW, {"fused": True}, False, False),
+        (torch.optim.AdamW, {"capturable": True}, True, False),
+        (torch.optim.AdamW, {"fused": True, "capturable": True}, True, True),
+    ],
+    ids=["sgd-fused", "sgd", "adamw-fused", "adamw-capturable", "adamw-both"],
+)
+def test_which_optimizers_are_captured(kind, options, alone, scaled):
+    """As PyTorch allows: a step that a capture refuses runs behind the graph, instead of keeping all of it eager."""
+    model, _ = make()
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    assert model.make_graphed_step(optimizer, 4).optimizer_captured == alone
+    scaler = torch.amp.GradScaler("cpu")
+    assert model.make_graphed_step(optimizer, 4, scaler=scaler).optimizer_captured == scaled
+
+
+def test_adam_refuses_a_capture_unless_it_is_capturable(monkeypatch):
+    """What the choice above rests on, of the PyTorch that is installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"), raising=False)
+    stream = SimpleNamespace(is_capturing=lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream, raising=False)
+    model, sgd = make()
+    adam = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    check = getattr(adam, "_accelerator_graph_capture_health_check", None) or adam._cuda_graph_capture_health_check
+    with pytest.raises(RuntimeError, match="capturable"):
+        check()
+    assert all("capturable" not in group for group in sgd.param_groups)
 
 
 def test_loss_and_wrong_numbers():

@@ -116,7 +116,7 @@ class GraphedStep:
         self.model, self.optimizer, self.batch_size, self.scaler = model, optimizer, batch_size, scaler
         self.loss = F.cross_entropy if loss is None else loss
         self.warmup, self._asked_streams, self.micro_batches = warmup, two_streams, micro_batches
-        self.optimizer_captured = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        self.optimizer_captured = _can_be_captured(optimizer, scaler)
         self.two_streams, self.from_features = False, from_features
         self.refused = refusal(model.logit_scale.device) if capture else "capture=False"
         self._stream: torch.cuda.Stream | None = None
@@ -301,6 +301,20 @@ class GraphedStep:
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
         yield from scaler_tensors(self.scaler)
+
+
+def _can_be_captured(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether an optimizer's step neither waits for the GPU nor refuses a capture.
+
+    Those that count steps, as Adam, refuse unless they are capturable, fused or not; SGD has to be fused, for else its
+    learning rate is a number. Behind a loss scaler, one that is not fused waits to know whether gradients are finite.
+    """
+
+    def can(group: dict[str, Any]) -> bool:
+        fused = bool(group.get("fused"))
+        return bool(group.get("capturable", fused)) and (fused or scaler is None)
+
+    return all(map(can, optimizer.param_groups))
 
 
 def scaler_tensors(scaler: torch.amp.GradScaler | None) -> Iterator[Tensor]:

@@ -173,9 +173,9 @@ class MeasuredRoutes(nn.Module):
         ``settle()`` of what is returned, where it has one.
 
         Args:
-            optimizer: of :meth:`parameters`. Its own step is captured where it can be, with ``fused=True`` (SGD, Adam)
-                or ``capturable=True`` (Adam), and its learning rate becomes a tensor, which schedulers write to;
-                else it runs behind the graph.
+            optimizer: of :meth:`parameters`. Its own step is captured where it can be, with ``fused=True`` (SGD) or
+                ``capturable=True`` (Adam, with a scaler fused as well), and its learning rate becomes a tensor, which
+                schedulers write to; else it runs behind the graph.
             batch_size: B of the batches that are replayed; others run eagerly.
             scaler: scales the loss, for float16; needs a fused optimizer to be captured.
             loss: of logits (B, C) in float32 and labels (B,); None: mean cross-entropy.
