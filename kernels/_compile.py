@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from upt_fast.kernels._instructions import read_instructions
 from upt_fast.kernels._targets import TARGETS, Resources
 
 TYPES = {
@@ -123,23 +124,28 @@ def compile_kernel(compilation: Compilation) -> Resources:
     with contextlib.redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=gpu, options=dict(compilation.options))
     seconds = time.perf_counter() - start
+    instructions, stack_bytes = None, 0
     if target.backend == "cuda":
-        registers, spill_bytes = read_ptxas(log.getvalue())
+        registers, spill_bytes, stack_bytes = read_ptxas(log.getvalue())
         sgpr_spills = static = 0
+        instructions = read_instructions(compiled.asm["ttir"], compiled.asm["ptx"])
     else:
         registers, spill_bytes, sgpr_spills, static = read_amdgcn(compiled.asm["amdgcn"])
     # on AMD Triton's own LDS is dynamic, which the assembly does not count
     shared_bytes = max(compiled.metadata.shared, static)
-    return Resources(compiled.metadata.num_warps, registers, spill_bytes, sgpr_spills, shared_bytes, seconds)
+    taken = compiled.metadata.num_warps, registers, spill_bytes, sgpr_spills, shared_bytes
+    return Resources(*taken, seconds, instructions, stack_bytes)
 
 
-def read_ptxas(log: str) -> tuple[int, int]:
-    """Registers per thread, and bytes of spill stores and loads, from what ptxas -v says."""
+def read_ptxas(log: str) -> tuple[int, int, int]:
+    """Registers per thread, bytes of spill stores and loads, and bytes of a stack without spills, from ptxas -v."""
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", log)]
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not registers or not spills:
         raise RuntimeError(f"ptxas told no registers or spills: {log.strip() or 'nothing'}")
-    return max(registers), sum(int(stores) + int(loads) for stores, loads in spills)
+    spilled = sum(int(stores) + int(loads) for stores, loads in spills)
+    stack = max(map(int, re.findall(r"(\d+) bytes stack frame", log)), default=0)
+    return max(registers), spilled, 0 if spilled else stack
 
 
 def read_amdgcn(assembly: str) -> tuple[int, int, int, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from upt_fast.kernels._instructions import Instructions
+
 KIB = 1024
 # A multiprocessor (SM, CU) of every target here has four partitions (SIMDs) with 512 registers of 4 bytes per lane,
 # given to warps in steps of 8 per lane; a block has at most 1024 threads.
@@ -59,12 +61,18 @@ class Resources:
     sgpr_spills: int  # AMD's scalar registers that went to lanes of vector registers: they touch no memory
     shared_bytes: int
     seconds: float
+    instructions: Instructions | None = None  # of NVIDIA's GPUs
+    stack_bytes: int = 0  # of a thread's own memory, spills not among them
 
     def problems(self, target: Target) -> list[str]:
         """Why the kernel should not or cannot run on a target."""
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes")
+        if self.instructions is not None:
+            found += self.instructions.problems
+        if self.stack_bytes:
+            found.append(f"has {self.stack_bytes} bytes of memory of its own")
         if self.shared_bytes > target.shared_limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, a block may use {target.shared_limit}")
         elif not target.resident_warps(self.num_warps, self.registers, self.shared_bytes):

@@ -5,7 +5,8 @@
 Taken is each module of this package with a function ``workloads()``. What a workload launches is recorded (_launch.py)
 and compiled with the specialisation, the settings and the compiler flags of a real launch, on pointers whose storage
 begins at a multiple of 16 bytes. The exit status is 1 where a kernel does not compile, spills, or exceeds what a block
-may use on a target. With TRITON_CACHE_DIR set, PTX and assembly stay there.
+may use on a target; on NVIDIA's GPUs also where it multiplies 16-bit numbers without a matrix instruction, has memory
+of its own, or makes no wide load (_instructions.py). With TRITON_CACHE_DIR set, PTX and assembly stay there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from upt_fast.kernels._compile import compile_all
+from upt_fast.kernels._instructions import Instructions
 from upt_fast.kernels._targets import TARGETS, Resources
 from upt_fast.kernels._workloads import NothingToCompileError, collect, modules_with_kernels
 
@@ -43,13 +45,14 @@ class Row:
         names = [self.file, self.kernel, self.workload, self.target]
         took, target = self.resources, TARGETS[self.target]
         if took is None:
-            return [*names, "-", "-", "-", "-", "-", str(target.shared_limit), "-", "-"]
+            return [*names, "-", "-", "-", "-", "-", str(target.shared_limit), "-", "-", "-", "-"]
         resident = target.resident_warps(took.num_warps, took.registers, took.shared_bytes)
         return [
             *names,
             *map(str, (took.num_warps, took.registers, took.spill_bytes, took.sgpr_spills)),
             *map(str, (took.shared_bytes, target.shared_limit)),
             f"{resident}/{target.max_warps}",
+            *_instruction_cells(took.instructions),
             f"{took.seconds:.2f}",
         ]
 
@@ -59,6 +62,7 @@ class Row:
         return {
             **{name: getattr(self, name) for name in ("file", "kernel", "workload", "target")},
             **{f.name: None if took is None else getattr(took, f.name) for f in dataclasses.fields(Resources)},
+            "instructions": None if took is None or took.instructions is None else took.instructions._asdict(),
             "shared_limit": target.shared_limit,
             "resident_warps": resident,
             "max_warps": target.max_warps,
@@ -66,9 +70,16 @@ class Row:
         }
 
 
+def _instruction_cells(found: Instructions | None) -> list[str]:
+    """Who multiplies, and the widest load."""
+    if found is None:
+        return ["-", "-"]
+    return ["+".join(found.products).replace(" ", ":") or ("fma" if found.dots else "-"), str(found.load_bytes or "-")]
+
+
 HEADINGS = (
     *("file", "kernel", "workload", "target", "warps", "registers"),
-    *("spill B", "sgpr spills", "shared B", "limit B", "occupancy", "seconds"),
+    *("spill B", "sgpr spills", "shared B", "limit B", "occupancy", "products", "load B", "seconds"),
 )
 LEFT_ALIGNED = 4
 

@@ -15,7 +15,7 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from upt_fast.kernels import _compile, _targets, _workloads, report
+from upt_fast.kernels import _compile, _instructions, _targets, _workloads, report
 
 ROOT = Path(__file__).parents[2]
 # tiles were chosen so that no kernel spills with triton 3.8; with the compilers before it some do (docs/kernels.md)
@@ -74,6 +74,19 @@ def test_all_kernels(tmp_path):
             assert row["resident_warps"] % row["num_warps"] == 0
             assert 0 < row["registers"] <= _targets.LANE_REGISTERS
             assert row["seconds"] > 0
+            if (instructions := row["instructions"]) is None:
+                assert target.startswith("gfx")
+                continue
+            assert instructions["load_bytes"] in (8, 16)
+            assert instructions["local"] == row["stack_bytes"] == 0
+            assert len(instructions["products"]) >= len(set(instructions["dots"]) & set(_instructions.HALF))
+    products = {}
+    for row in rows:
+        if row["instructions"] is not None and "bf16" in row["instructions"]["dots"]:
+            products.setdefault((row["kernel"], row["target"]), set()).update(row["instructions"]["products"])
+    assert {kernel for kernel, _ in products} >= {"_linear_act_kernel", "_packed_attention_bwd_kernel"}
+    assert "wgmma bf16" in products["_linear_act_kernel", "sm_90"]
+    assert "tcgen05 f16" in products["_linear_act_kernel", "sm_100"]
     assert found["compilations"] < len(rows)  # B/16 and L/14 share some
 
     for text in (done.stdout, (tmp_path / "report.md").read_text()):
@@ -115,8 +128,14 @@ def _wrong_kernel(x_ptr, y_ptr):
 
 
 @triton.jit
+def _narrow_kernel(x_ptr, y_ptr):
+    cols = tl.arange(0, 512)
+    tl.store(y_ptr + cols, tl.load(x_ptr + 2 * cols))
+
+
+@triton.jit
 def _good_kernel(x_ptr, y_ptr):
-    cols = tl.arange(0, 128)
+    cols = tl.arange(0, 512)
     tl.store(y_ptr + cols, tl.load(x_ptr + cols))
 
 
@@ -127,6 +146,7 @@ def workloads():
     tile = {"M": 64, "N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 8}
     yield "memory", lambda: launch(_large_kernel, (1,), x_ptr=h, y_ptr=h, K=1024, **tile)
     yield "shape", lambda: launch(_wrong_kernel, (1,), x_ptr=x, y_ptr=x, num_warps=1)
+    yield "loads", lambda: launch(_narrow_kernel, (1,), x_ptr=x, y_ptr=x, num_warps=4)
     for name in ("one", "two"):
         yield name, lambda: launch(_good_kernel, (1,), x_ptr=x, y_ptr=x, num_warps=4)
     yield "empty", lambda: None
@@ -155,6 +175,7 @@ def test_failures_are_named(bad):
         f"bad_kernels.py _spilling_kernel sm_80 (registers): spills {spilled} bytes",
         f"bad_kernels.py _large_kernel sm_80 (memory): needs {shared} bytes of shared memory, a block may use 166912",
         "bad_kernels.py _wrong_kernel sm_80 (shape): does not compile: ",
+        "bad_kernels.py _narrow_kernel sm_80 (loads): loads 4 bytes at once, and never more",
         "bad_kernels.py empty: RuntimeError: launches no kernel",
     ):
         assert f"failed: {message}" in done.stdout
@@ -268,9 +289,67 @@ def test_read_ptxas():
     log = """ptxas info    : Compiling entry function '_kernel' for 'sm_90a'
     0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 616 bytes cmem[0]"""
-    assert _compile.read_ptxas(log) == (168, 20)
+    assert _compile.read_ptxas(log) == (168, 20, 0)
+    assert _compile.read_ptxas(log.replace(" 0 bytes stack", " 24 bytes stack")) == (168, 20, 0)  # the spills'
+    log = re.sub(r"\d+ bytes spill", "0 bytes spill", log.replace(" 0 bytes stack", " 24 bytes stack"))
+    assert _compile.read_ptxas(log) == (168, 0, 24)
     with pytest.raises(RuntimeError, match="ptxas told no registers or spills: nothing"):
         _compile.read_ptxas("")
+
+
+DOT = (
+    "%s = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x32x{0}> * tensor<32x64x{0}> -> tensor<64x64xf32> loc(#1)"
+)
+VECTOR = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ptx", "products", "problems"),
+    [
+        ("bf16", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 }", ["mma bf16"], []),
+        ("bf16", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {", ["wgmma bf16"], []),
+        ("bf16", "tcgen05.mma.cta_group::1.kind::f16 [ %r1 ], %rd2", ["tcgen05 f16"], []),
+        ("f16", "tcgen05.mma.cta_group::1.kind::f16 [ %r1 ], %rd2", ["tcgen05 f16"], []),
+        ("f32", "fma.rn.f32 %f1, %f2, %f3, %f4;", [], []),
+        ("f32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {", ["mma tf32"], []),
+        ("f16", "fma.rn.f32 %f1, %f2, %f3, %f4;", [], ["multiplies f16 without a matrix instruction"]),
+        (
+            "bf16",
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {",
+            ["mma tf32"],
+            ["multiplies bf16 without a matrix instruction"],
+        ),
+        (
+            "f32",
+            "st.local.b32 [%rd3], %r1; ld.local.b32 %r1, [%rd3];",
+            [],
+            ["has 2 loads and stores of memory of its own"],
+        ),
+    ],
+)
+def test_instructions(dtype, ptx, products, problems):
+    found = _instructions.read_instructions(DOT.format(dtype), f"{VECTOR}\n{ptx}")
+    assert found.dots == (dtype,)
+    assert list(found.products) == products
+    assert found.load_bytes == 16
+    assert found.problems == problems
+
+
+@pytest.mark.parametrize(
+    ("ptx", "width", "fine"),
+    [
+        ("ld.global.b32 { %r1 }, [ %rd1 + 0 ];", 4, False),
+        ("ld.global.b16 { %rs1 }, [ %rd1 + 0 ];\nld.global.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];", 8, True),
+        ("ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", 16, True),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16, True),
+        ("cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4;", 4, False),
+        ("st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };", 0, True),
+    ],
+)
+def test_widths_of_loads(ptx, width, fine):
+    found = _instructions.read_instructions("", ptx)
+    assert found.load_bytes == width
+    assert (found.problems == []) == fine
 
 
 @pytest.mark.parametrize(
