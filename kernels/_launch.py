@@ -105,6 +105,16 @@ def record(limit: int | None = None) -> Iterator[list[Launch]]:
         _limit.reset(tokens[1])
 
 
+def with_precision(precision: str, run: Callable[..., object], *arguments: Any) -> object:
+    """run(*arguments) under torch.set_float32_matmul_precision, for workloads."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return run(*arguments)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block may use on a device, or on the one that is recorded for."""
     if (limit := _limit.get()) is not None:

@@ -1,148 +1,152 @@
-"""Steps of the prompt transform, what is kept of them, and what both directions' kernels are called with.
+"""What the launches of the prompt transform share: the order of rows, tiles, and a product whose sums are split.
 
-Each step takes a layer's few rows from global memory and leaves its own there, for Triton cannot slice registers. It
-ends with a barrier, after which the next may read what other threads wrote.
-
-A row of `saved` is 11 columns of D numbers: u, q, k, v, attended, h1 (u or s normalised), x1, h2, x2, relu, y.
-A row of `grads`: du, dq, dk, dv, ds, d(W_1 x2 + b_1), dy, dx2, dx2 h2, dx1 (paper: scratch), dx1 h1.
+The M = I N rows of all layers are stacked, the visual ones first: row r < V = I (N - n_text) is a visual prompt, the
+others are text prompts, so that either kind is one range. Matrices between launches lie by columns, (D, LD), LD being
+M rounded up: a tile of rows is then contiguous for each of the numbers that are summed over, and Triton's products on
+the ordinary units (float32 without tf32) read it from shared memory without conflicts of banks. What lies beyond row M
+is never read into a sum over rows, nor stored.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from upt_fast.kernels import _launch
+from upt_fast.kernels._linear_tiles import precision_of
 
-COLUMNS = tl.constexpr(11)
 # the parameters as the kernels call them, in the order of prompt_transform's arguments; those that backward reads
 _ATTENTION = ("in_w", "in_b", "out_w", "out_b")
 _NORMS = ("norm1_w", "norm1_b", "norm2_w", "norm2_b")
 NAMES = (*_ATTENTION, *_NORMS, "w1", "b1", "w2", "b2", "mlp_w", "mlp_b")
-WEIGHTS = ("in_w", "out_w", "norm1_w", "norm2_w", "w1", "w2", "mlp_w")
+WEIGHTS = ("in_w", "out_w", "norm1_w", "norm2_w", "norm2_b", "w1", "w2", "mlp_w")
+
+ROW_STEP = 32  # LD is a multiple of it, and each tile's rows divide it
+MULTIPROCESSORS = 132  # of an H100
+
+
+class Sizes(NamedTuple):
+    """Of one call: layers I, prompts N of a layer, n_text of them for the text tower, widths D and W."""
+
+    layers: int
+    n: int
+    n_text: int
+    d: int
+    w: int
+
+    @property
+    def rows(self) -> int:
+        return self.layers * self.n
+
+    @property
+    def visual(self) -> int:
+        return self.layers * (self.n - self.n_text)
+
+    @property
+    def ld(self) -> int:
+        return triton.cdiv(max(self.rows, 1), ROW_STEP) * ROW_STEP
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Arguments of each kernel that has to find a row's layer."""
+        return {"LAYER": self.n, "n_text": self.n_text, "V": self.visual, "LD": self.ld}
+
+
+def tile(x: Tensor, rows: int, columns: int, whole_rows: bool = False, narrow: bool = False) -> dict[str, int]:
+    """A program's part of a product (rows, columns) of numbers like x: few, the sums of each split over eight warps.
+
+    Args:
+        x: what is multiplied.
+        rows: of the product.
+        columns: of the product.
+        whole_rows: at most 16 rows, for kernels that read them whole at first.
+        narrow: at most 16 columns.
+    """
+    if _launch.INTERPRETED:  # which pays per program
+        return {"SPLIT": 2, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+    block_m = 16 if whole_rows or rows <= 16 else 32
+    if whole_rows:
+        wide = rows > 16 and not narrow
+    else:  # wide tiles read less; on the ordinary units they take so many registers that few programs run at once
+        enough = triton.cdiv(rows, block_m) * triton.cdiv(columns, 32) >= MULTIPROCESSORS
+        wide = enough and (x.dtype != torch.float32 or precision(x) == "tf32")
+    return {
+        "SPLIT": 8,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 32 if wide else 16,
+        "BLOCK_K": 16,
+        "num_warps": 8,
+        "num_stages": 2 if whole_rows else 3,
+    }
+
+
+def precision(x: Tensor) -> str:
+    """How the kernels multiply numbers of x's dtype."""
+    return "tf32" if precision_of(x.dtype) == "tf32" else "ieee"
+
+
+def columns(like: Tensor, sizes: Sizes, count: int = 1, kept: bool = False) -> Tensor:
+    """(count, D, LD), count matrices by columns; zero beyond row M where they are kept for backward.
+
+    What an operation gives must be the same each time, also what nobody reads.
+    """
+    return (like.new_zeros if kept and sizes.ld > sizes.rows else like.new_empty)(count, sizes.d, sizes.ld)
 
 
 @triton.jit
-def product(
-    a_ptr,  # (M, K)
-    stride_am,
+def prompt_of(rows, LAYER, n_text, V):
+    """Where rows are in the learner's order, layer by layer with the text prompts first."""
+    n_visual = LAYER - n_text
+    j = rows - V
+    visual = rows // tl.maximum(n_visual, 1) * LAYER + n_text + rows % tl.maximum(n_visual, 1)
+    text = j // tl.maximum(n_text, 1) * LAYER + j % tl.maximum(n_text, 1)
+    return tl.where(rows < V, visual, text)
+
+
+@triton.jit
+def rows_of_layer(layer, tokens, LAYER, n_text, V):
+    """Rows of a layer's prompts, which stand in the learner's order."""
+    return tl.where(tokens < n_text, V + layer * n_text + tokens, layer * (LAYER - n_text) + tokens - n_text)
+
+
+@triton.jit
+def split_sums(k, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(SPLIT, BLOCK_K) places from k on: each part of a sum has a run of its own."""
+    return k + tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def weight_tile(w_ptr, cols, ks, N, K, stride_n, stride_k):
+    """(SPLIT, BLOCK_K, BLOCK_N) of W^T, (N, K) by its strides; zero beyond."""
+    mask = (ks < K)[:, :, None] & (cols < N)[None, None, :]
+    return tl.load(w_ptr + cols[None, None, :] * stride_n + ks[:, :, None] * stride_k, mask, other=0.0)
+
+
+@triton.jit
+def multiply(
+    a_ptr,  # its row r at r_offsets, from number to number stride_ak
+    r_offsets,  # (BLOCK_M,)
     stride_ak,
-    b_ptr,  # (K, N)
-    stride_bk,
-    stride_bn,
-    c_ptr,  # (M, N)
-    stride_cm,
-    M,
+    w_ptr,  # (N, K) by its strides
+    cols,  # (BLOCK_N,)
+    stride_wn,
+    stride_wk,
     N,
     K,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    bias_ptr=None,  # (N,)
-    add_ptr=None,  # (M, N) with c's strides
-    gate_ptr=None,  # (M, N) with c's strides
-    RELU: tl.constexpr = False,
+    BLOCK_K: tl.constexpr,
 ):
-    """c = a b + bias + add; through relu, or zero where gate is. M <= BLOCK_M."""
-    BLOCK_K: tl.constexpr = 16
-    rows = tl.arange(0, BLOCK_M)[:, None]
-    for n in range(0, N, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)[None, :]
-        mask = (rows < M) & (cols < N)
-        c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            a_cols, b_rows = k + tl.arange(0, BLOCK_K)[None, :], k + tl.arange(0, BLOCK_K)[:, None]
-            a = tl.load(a_ptr + rows * stride_am + a_cols * stride_ak, (rows < M) & (a_cols < K), other=0.0)
-            b = tl.load(b_ptr + b_rows * stride_bk + cols * stride_bn, (b_rows < K) & (cols < N), other=0.0)
-            c = tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
-        if bias_ptr is not None:
-            c += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)
-        if add_ptr is not None:
-            c += tl.load(add_ptr + rows * stride_cm + cols, mask, other=0.0)
-        if RELU:
-            c = tl.where(c < 0, 0.0, c)  # NaN stays
-        if gate_ptr is not None:
-            c = tl.where(tl.load(gate_ptr + rows * stride_cm + cols, mask, other=0.0) == 0, 0.0, c)
-        tl.store(c_ptr + rows * stride_cm + cols, c, mask)
-    tl.debug_barrier()
-
-
-@triton.jit
-def copy(x_ptr, stride_x, y_ptr, stride_y, M, N, BLOCK_D: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    for row in range(M):
-        x = tl.load(x_ptr + row * stride_x + cols, cols < N, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * stride_y + cols, x, cols < N)
-    tl.debug_barrier()
-
-
-@triton.jit
-def normalise(x_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, stride, rstd_ptr, M, N, eps, BLOCK_D: tl.constexpr):
-    """h = (x - mean(x)) / sqrt(var(x) + eps); y = weight h + bias; rows (M, N)."""
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < N
-    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
-    for row in range(M):
-        x = tl.load(x_ptr + row * stride + cols, mask, other=0.0)
-        centred = tl.where(mask, x - tl.sum(x, axis=0) / N, 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / N + eps)
-        tl.store(h_ptr + row * stride + cols, centred * rstd, mask)
-        tl.store(y_ptr + row * stride + cols, centred * rstd * weight + bias, mask)
-        tl.store(rstd_ptr + row, rstd)
-    tl.debug_barrier()
-
-
-@triton.jit
-def normalise_bwd(dy_ptr, h_ptr, weight_ptr, rstd_ptr, add_ptr, dx_ptr, dy_h_ptr, stride, M, N, BLOCK_D: tl.constexpr):
-    """dx = (g - mean(g) - h mean(g h)) / std + add with g = weight dy; and dy h, whose sum is the weight's gradient."""
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < N
-    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-    for row in range(M):
-        dy = tl.load(dy_ptr + row * stride + cols, mask, other=0.0)
-        h = tl.load(h_ptr + row * stride + cols, mask, other=0.0)
-        g = dy * weight
-        dx = tl.load(rstd_ptr + row) * (g - tl.sum(g, axis=0) / N - h * (tl.sum(g * h, axis=0) / N))
-        if add_ptr is not None:
-            dx += tl.load(add_ptr + row * stride + cols, mask, other=0.0)
-        tl.store(dx_ptr + row * stride + cols, dx, mask)
-        tl.store(dy_h_ptr + row * stride + cols, dy * h, mask)
-    tl.debug_barrier()
-
-
-@triton.jit
-def softmax(s_ptr, p_ptr, N, scale, BLOCK_M: tl.constexpr):
-    """p = softmax(scale s), (N, N)."""
-    rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_M)[None, :]
-    mask = (rows < N) & (cols < N)
-    s = tl.load(s_ptr + rows * N + cols, mask, other=0.0) * scale
-    s = tl.where(cols < N, s, float("-inf"))
-    p = tl.exp(s - tl.max(s, axis=1)[:, None])
-    tl.store(p_ptr + rows * N + cols, p / tl.sum(p, axis=1)[:, None], mask)
-    tl.debug_barrier()
-
-
-@triton.jit
-def softmax_bwd(p_ptr, dp_ptr, ds_ptr, N, scale, BLOCK_M: tl.constexpr):
-    """ds = scale p (dp - sum(p dp)), (N, N)."""
-    rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_M)[None, :]
-    mask = (rows < N) & (cols < N)
-    p = tl.load(p_ptr + rows * N + cols, mask, other=0.0)
-    dp = tl.load(dp_ptr + rows * N + cols, mask, other=0.0)
-    tl.store(ds_ptr + rows * N + cols, scale * p * (dp - tl.sum(p * dp, axis=1)[:, None]), mask)
-    tl.debug_barrier()
-
-
-def settings(n: int, d: int, heads: int) -> dict[str, int | float]:
-    """What both kernels take alike: tiles of 2048 sums, eight per thread."""
-    block_m = max(8, triton.next_power_of_2(n))
-    return {
-        "N": n,
-        "D": d,
-        "H": heads,
-        "K": d // heads,
-        "scale": (d // heads) ** -0.5,
-        "BLOCK_M": block_m,
-        "BLOCK_N": max(32, 2048 // block_m),
-        "BLOCK_D": triton.next_power_of_2(d),
-        "num_warps": 8,
-        "num_stages": 4,
-    }
+    """A tile of A W^T, (BLOCK_M, BLOCK_N) fp32."""
+    sums = tl.zeros((SPLIT, BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, SPLIT * BLOCK_K):
+        ks = split_sums(k, SPLIT, BLOCK_K)
+        a = tl.load(a_ptr + r_offsets[None, :, None] + ks[:, None, :] * stride_ak, (ks < K)[:, None, :], other=0.0)
+        w = weight_tile(w_ptr, cols, ks, N, K, stride_wn, stride_wk)
+        sums = tl.dot(a, w, sums, input_precision=PRECISION)
+    return tl.sum(sums, axis=0)

@@ -20,13 +20,12 @@ The same kernels take packed classes, causal, whose rows stand one behind the ot
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from upt_fast.kernels._attention import MAX_HEAD_DIM, describe, empty_gradients, needed_gradients
-from upt_fast.kernels._launch import DTYPES, Workload
+from upt_fast.kernels._launch import DTYPES, Workload, with_precision
 from upt_fast.kernels._prefix_attention_bwd import prefix_attention_bwd
 from upt_fast.kernels._prefix_attention_fwd import prefix_attention_fwd
 
@@ -152,17 +151,7 @@ def _workloads(
         prefixes = torch.empty(2, prompts, 2, *keys[-2:], dtype=dtype, device="meta").unbind(2)
         inputs = q, k, v, *prefixes, sets, classes
         softmax = torch.empty(2, queries[-2], q.shape[:-2].numel(), device="meta")
-        yield f"forward {label}", functools.partial(_with_precision, precision, prefix_attention_fwd, *inputs, longest)
-        backward = functools.partial(_with_precision, precision, prefix_attention_bwd, q, *inputs, q, softmax, longest)
+        yield f"forward {label}", functools.partial(with_precision, precision, prefix_attention_fwd, *inputs, longest)
+        backward = functools.partial(with_precision, precision, prefix_attention_bwd, q, *inputs, q, softmax, longest)
         yield f"backward all {label}", functools.partial(backward, True, True, True)
         yield f"backward prompts {label}", functools.partial(backward, False, False, True)
-
-
-def _with_precision(precision: str, run: Callable[..., object], *arguments: Any) -> object:
-    """run(*arguments) under torch.set_float32_matmul_precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        return run(*arguments)
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,26 +1,35 @@
-"""UPT's prompt transform with the projection of the visual rows: all layers in one launch each way.
+"""UPT's prompt transform with the projection of the visual rows, as few launches over the rows of all layers.
 
     paper:     s = SA(u) + LN1(u);  x2 = LN2(s);  y = FFN(x2) + x2
     released:  s = u + W_o (W_v u + b_v) + b_o;  x1 = LN1(s);  y = FFN(LN2(x1)) + x1
     FFN(x) = W_2 relu(W_1 x + b_1) + b_2;  text rows are y's first n_text, visual rows W_m y + b_m of the rest
 
 (Zang et al. 2022, arXiv 2210.07225; "released" is its published code, whose attention runs over sequences of length
-one, so that W_q and W_k get zero gradients.) The prompts of a layer are a few rows, and apart every step is a launch.
-Here a program takes one layer through all steps, handing rows from one to the next through global memory, since Triton
-cannot slice registers; backward reads those rows again. It computes the gradients of all rows the same way; a weight's
-is then one library product over the stacked rows of all layers, and those of the biases one sum: nothing is added
-atomically. This saves launches, not arithmetic: each layer's multiprocessor reads all weights.
+one, so that W_q and W_k get zero gradients.) The prompts of all layers are about a hundred rows: what bounds a step is
+not arithmetic but how many multiprocessors share in reading its weight. So each product is a launch whose columns and
+rows go to 96 or more programs, and what lies between two products goes into one of them: bias, relu, residual, and
+LN2, for which a program reads its few rows whole. Attention, which needs all columns of q and k, is a launch by layer
+and head, with LN1 beside it. Forward: 6 launches, released 5; backward: 7, released 6, the last of which has the
+gradients of all parameters. A launch inside a CUDA graph costs 1 to 1.5 us, about what a barrier between the programs
+of one cooperative launch costs; and those could not be tested in the interpreter, which runs programs in turn.
+
+The sums of a product are split over the eight warps of a program: an eighth of the rounds that one loop would take.
+Products are multiplied in the parameters' dtype, float32 as PyTorch's setting has it, as the learner's own modules do:
+the learner is float32 also beside half-precision towers, and no copy of its weights is rounded. Nothing is added
+atomically.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from upt_fast.kernels._launch import Workload
-from upt_fast.kernels._prompt_transform_bwd import prompt_transform_bwd
-from upt_fast.kernels._prompt_transform_common import COLUMNS, NAMES, WEIGHTS
+from upt_fast.kernels._launch import Workload, with_precision
+from upt_fast.kernels._prompt_transform_bwd import gradients_of, prompt_transform_bwd
+from upt_fast.kernels._prompt_transform_common import NAMES, WEIGHTS
 from upt_fast.kernels._prompt_transform_fwd import outputs_of, prompt_transform_fwd
 
 _fwd = torch.library.custom_op("upt_fast::prompt_transform_fwd", prompt_transform_fwd, mutates_args=())
@@ -36,27 +45,28 @@ def _(
 
 @_bwd.register_fake
 def _(
-    dtext: Tensor, dvisual: Tensor, weights: list[Tensor], saved: Tensor, scores: Tensor, rstd: Tensor, released: bool
+    dtext: Tensor,
+    dvisual: Tensor,
+    u: Tensor,
+    weights: list[Tensor],
+    kept: Tensor,
+    qkv: Tensor,
+    p: Tensor,
+    rstd: Tensor,
+    released: bool,
 ) -> list[Tensor]:
-    d, width = saved.shape[2] // COLUMNS.value, dvisual.shape[2]
-    shapes = [saved.shape, (COLUMNS.value, d), (3 * d, d), (d, d), (d, d), (d, d), (width, d), (width,)]
-    return [saved.new_empty(shape) for shape in shapes]
+    return gradients_of(u, dvisual.shape[2], released)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    u, params, _, _, _, _, released = inputs
+    u, params, _, _, _, _, ctx.released = inputs
     weights = [t for name, t in zip(NAMES, params, strict=True) if name in WEIGHTS]
-    ctx.save_for_backward(*output[2:], *weights)
-    ctx.dtypes, ctx.released = [t.dtype for t in (u, *params)], released
+    ctx.save_for_backward(*output[2:], u, *weights)
 
 
 def _backward(ctx, dtext, dvisual, *_):  # type: ignore[no-untyped-def]
-    saved, scores, rstd, *weights = ctx.saved_tensors
-    grads, sums, din, dout, dw1, dw2, dmlp, dmlp_b = _bwd(dtext, dvisual, weights, saved, scores, rstd, ctx.released)
-    du, din_b = grads[..., : sums.shape[1]], sums[1:4].flatten()
-    norms = [sums[10], sums[9 if ctx.released else 4], sums[8], sums[7]]
-    dparams = [din, din_b, dout, sums[4], *norms, dw1, sums[5], dw2, sums[6], dmlp, dmlp_b]
-    du, *dparams = (t.to(dtype) for t, dtype in zip((du, *dparams), ctx.dtypes, strict=True))
+    kept, qkv, p, rstd, u, *weights = ctx.saved_tensors
+    du, *dparams = _bwd(dtext, dvisual, u, weights, kept, qkv, p, rstd, ctx.released)
     return du, dparams, None, None, None, None, None
 
 
@@ -104,20 +114,30 @@ def prompt_transform(
     """
     attention, mlp = [in_proj_weight, in_proj_bias, out_weight, out_bias], [mlp_weight, mlp_bias]
     norms, ffn = [norm1_weight, norm1_bias, norm2_weight, norm2_bias], [w1, b1, w2, b2]
-    text, visual, *_ = _fwd(u, [*attention, *norms, *ffn, *mlp], n_text, num_heads, eps1, eps2, released)
-    return text, visual
+    params, dtype = [*attention, *norms, *ffn, *mlp], u.dtype
+    if any(t.dtype != dtype for t in params):
+        u, *params = (t.float() for t in (u, *params))
+    text, visual, *_ = _fwd(u, params, n_text, num_heads, eps1, eps2, released)
+    return text.to(dtype), visual.to(dtype)
 
 
 def workloads() -> Iterator[Workload]:
-    """Eight prompts for each of twelve layers of ViT-B/16 and L/14, in both forms, in the learner's float32."""
-    for name, d, w in (("B/16", 512, 768), ("L/14", 768, 1024)):
+    """Eight prompts for each of twelve layers of ViT-B/16 and L/14; one layer, and many prompts, take other tiles."""
+    every = ("highest", torch.float32), ("high", torch.float32), ("highest", torch.bfloat16)
+    for name, (layers, n, d, w), forms, precisions in (
+        ("B/16", (12, 8, 512, 768), (False, True), every),
+        ("L/14", (12, 8, 768, 1024), (False,), every[::2]),
+        ("B/16 one layer", (1, 8, 512, 768), (True,), every[:1]),
+        ("B/16 32 prompts", (12, 32, 512, 768), (False,), every[::2]),
+    ):
         shapes = [(3 * d, d), (3 * d,), (d, d), *[(d,)] * 5, (d, d), (d,), (d, d), (d,), (w, d), (w,)]
-        u, *params = (torch.empty(shape, device="meta") for shape in [(12, 8, d), *shapes])
-        weights = [t for key, t in zip(NAMES, params, strict=True) if key in WEIGHTS]
-        for released in (False, True):
-            label = f"{'released' if released else 'paper'} {name} float32"
-            fwd = (u, params, 4, 1, 1e-5, 1e-5, released)
-            text, visual, *steps = outputs_of(u, params, 4, 1, released)
-            bwd = (text, visual, weights, *steps, released)
-            yield f"forward {label}", lambda fwd=fwd: prompt_transform_fwd(*fwd)
-            yield f"backward {label}", lambda bwd=bwd: prompt_transform_bwd(*bwd)
+        for released, (precision, dtype) in itertools.product(forms, precisions):
+            u, *params = (torch.empty(shape, dtype=dtype, device="meta") for shape in [(layers, n, d), *shapes])
+            weights = [t for key, t in zip(NAMES, params, strict=True) if key in WEIGHTS]
+            number = "tf32" if precision == "high" else str(dtype).removeprefix("torch.")
+            label = f"{'released' if released else 'paper'} {name} {number}"
+            fwd = (u, params, n // 2, 1, 1e-5, 1e-5, released)
+            text, visual, *kept = outputs_of(*fwd[:4], released)
+            bwd = (text, visual, u, weights, *kept, released)
+            yield f"forward {label}", functools.partial(with_precision, precision, prompt_transform_fwd, *fwd)
+            yield f"backward {label}", functools.partial(with_precision, precision, prompt_transform_bwd, *bwd)

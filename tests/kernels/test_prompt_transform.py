@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from upt_fast.kernels._prompt_transform_common import NAMES, WEIGHTS
 from upt_fast.kernels.prompt_transform import _bwd, _fwd, prompt_transform
 
 from upt_fast.common.closeness import relative_rms
@@ -79,7 +80,7 @@ def check(leaves: list[Tensor], **options) -> None:
 @pytest.mark.parametrize("dtype", precisions("prompt_transform"), ids=dtype_name)
 @pytest.mark.parametrize(
     ("layers", "n", "d", "w", "n_text", "num_heads"),
-    [(3, 8, 33, 47, 4, 1), (1, 5, 16, 24, 2, 2), (2, 3, 64, 32, 1, 2)],
+    [(3, 8, 33, 47, 4, 1), (1, 5, 16, 24, 2, 2), (2, 3, 72, 32, 1, 2)],
     ids=["odd", "heads", "wide"],
 )
 def test_formula(layers, n, d, w, n_text, num_heads, dtype, released):
@@ -90,6 +91,17 @@ def test_formula(layers, n, d, w, n_text, num_heads, dtype, released):
 @pytest.mark.parametrize(("n", "n_text"), [(3, 0), (3, 3), (1, 1), (40, 11)], ids=["visual", "text", "one", "many"])
 def test_token_counts(n, n_text, released):
     check(inputs(1, n, 33, 20), n_text=n_text, num_heads=1, released=released, **EPS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "n", "n_text", "d", "w", "released"),
+    [(5, 8, 3, 20, 36, False), (1, 2, 1, 132, 20, True)],
+    ids=["rows", "sums"],
+)
+@pytest.mark.usefixtures("gpu_tiles")
+def test_gpu_tiles(layers, n, n_text, d, w, released):
+    """Several tiles of rows, one of them with visual and text rows; few rows, whose sums take several rounds."""
+    check(inputs(layers, n, d, w), n_text=n_text, num_heads=2, released=released, **EPS)
 
 
 @FORMS
@@ -125,13 +137,13 @@ def test_no_layers(released):
 
 @FORMS
 def test_opcheck(released):
-    u, *params = inputs(2, 3, 16, 20)
+    u, *params = inputs(1, 3, 16, 20)
     arguments = (u, params, 1, 1, 1e-5, 1e-5, released)
     torch.library.opcheck(_fwd, arguments)
     with torch.no_grad():
-        text, visual, *steps = _fwd(*arguments)
-    weights = [params[i].detach() for i in (0, 2, 4, 6, 8, 10, 12)]
-    torch.library.opcheck(_bwd, (text, visual, weights, *steps, released))
+        text, visual, *kept = _fwd(*arguments)
+    weights = [t.detach() for name, t in zip(NAMES, params, strict=True) if name in WEIGHTS]
+    torch.library.opcheck(_bwd, (text, visual, u.detach(), weights, *kept, released))
 
 
 @pytest.mark.parametrize(
