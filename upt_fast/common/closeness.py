@@ -103,8 +103,9 @@ class RoundingErrors(TorchDispatchMode):
             return t
         if t.device not in self.generators:
             self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
-        errors = torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=self.generators[t.device])
-        return t * errors.mul_(error).add_(1.0)
+        own = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]  # one number, repeated
+        errors = torch.randn(own.shape, dtype=t.dtype, device=t.device, generator=self.generators[t.device])
+        return (own * errors.mul_(error).add_(1.0)).expand(t.shape)
 
 
 def _summed(name: str, args: Sequence[Any]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +16,7 @@ MIB = 2**20
 class PeakMemory:
     """Most memory inside of a with statement, beyond what there was at its beginning.
 
-    On a GPU that of tensors, on a CPU, by Linux, that of the process: what it keeps to use again was there before.
+    On a GPU that of tensors, on a CPU, by Linux, that of the process.
 
     Args:
         device: where tensors are.
@@ -33,6 +35,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device) / MIB
         else:
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)  # what the C library's heap keeps of earlier
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             self._before = _resident("VmRSS") or 0.0

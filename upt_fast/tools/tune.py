@@ -215,8 +215,11 @@ class _Candidate:
             # nothing is learned: each candidate has the same prompts
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=model.logit_scale.is_cuda)
             self._step = GraphedStep(model, optimizer, subject.batch_size, warmup=WARMUP, capture=self.route.graph)
-        for _ in range(WARMUP + 1 if self.route.graph else 1):
-            self._once()
+        for tower in (model.vision_tower, model.text_tower):
+            tower.blocks.release()  # another route's memory
+        with PeakMemory(model.logit_scale.device) as self._memory:
+            for _ in range(WARMUP + 1 if self.route.graph else 1):
+                self._once()
         if self.route.graph and self._step is not None and self._step.reason:
             raise RuntimeError(self._step.reason)
 
@@ -239,9 +242,7 @@ class _Candidate:
         return time.perf_counter() - began
 
     def peak_mib(self) -> float | None:
-        with PeakMemory(self.subject.model.logit_scale.device) as memory:
-            self.run()
-        return memory.mib
+        return self._memory.mib
 
     def _once(self) -> Tensor:
         subject = self.subject
