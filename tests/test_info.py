@@ -8,6 +8,7 @@ import torch
 from upt_fast.cli import main
 from upt_fast.engine.backends import dispatch, xformers_operators
 from upt_fast.engine.backends.xformers_operators import USES
+from upt_fast.engine.tuning import choices
 from upt_fast.tools import info
 from upt_fast.version import __version__
 
@@ -53,7 +54,7 @@ def test_json_and_text_agree(capsys):
     for op, choice in found["ops"].items():
         assert f"op {op}: {choice['backend']}\n" in text
     for dtype, backend in found["auto"].items():
-        assert f"auto, ViT-B/16, {dtype}: {backend}\n" in text
+        assert f"auto, ViT-B/16, {dtype}: {backend}" in text
     for backend, reasons in choice["refused"].items():
         assert f"not {backend}: {'; '.join(reasons)}" in text
     for card, uses in found["xformers"]["cards"].items():
@@ -104,3 +105,20 @@ def test_without_xformers(monkeypatch, capsys):
     assert info.collect()["xformers"] == {"problem": "xformers is not installed", "cards": {}}
     assert main(["info"]) == 0
     assert "xformers' operators: xformers is not installed\n" in capsys.readouterr().out
+
+
+def test_routes_that_were_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("UPT_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(choices, "_measured", {})
+    monkeypatch.setattr(choices, "_chosen", {})
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.count("(not measured here: run upt-fast tune)") == 2
+    entry = {"choice": "inductor/torch", "usual": "torch", "ms": {"inductor/torch": 12.0, "torch": 24.0}, "refused": {}}
+    choices.keep("step of upt; images", entry)
+    choices.keep("norm_linear 3 x 4", entry)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "auto, measured, step of upt; images: inductor/torch, 12 ms (torch: 24 ms)\n" in text
+    assert "not measured here" not in text
+    assert text.count("step of upt") == 1
+    assert set(info.collect()["routes"]) == {"step of upt; images"}

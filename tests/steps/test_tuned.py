@@ -5,54 +5,29 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from measured_routes import ROUTES, declare_times, kept, unknown_machine
 
 from upt_fast.engine.backends import xformers
 from upt_fast.engine.graphs import GraphedStep
-from upt_fast.engine.tuning import candidates, choices
-from upt_fast.engine.tuning.candidates import Declared
-from upt_fast.engine.tuning.race import ROUNDS, Race
+from upt_fast.engine.tuning import choices
+from upt_fast.engine.tuning.race import ROUNDS
 from upt_fast.steps import measured, tuned
 from upt_fast.steps.tuned import TunedStep
-from upt_fast.testing import build, random_clip, xformers_on_cpu
+from upt_fast.testing import build, random_clip
 
 NAMES = ["cat", "dog", "traffic light", "sea horse"]
-ROUTES = ("torch", "xformers", "torch/xformers", "xformers/torch")
 STEPS = ROUNDS + 4
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    """A machine of which nothing is known, where routes through xformers' stand-in are candidates."""
-    monkeypatch.setenv("UPT_FAST_MEASURE", "1")
-    monkeypatch.setenv("UPT_FAST_CACHE", str(tmp_path))
-    monkeypatch.setitem(candidates.BY_DEVICE, "cpu", tuple(map(Declared, ROUTES)))
-    monkeypatch.setattr(tuned, "SHARE", 1e9)
-    known = dict(choices._chosen)
-    choices.forget()
-    torch.use_deterministic_algorithms(False)
-    with xformers_on_cpu():
+    with unknown_machine(monkeypatch, tmp_path):
         yield
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    choices.forget()
-    choices._chosen.update(known)
 
 
 @pytest.fixture
 def times(monkeypatch):
-    """Seconds of a step by route, or of each of its steps, instead of those that it takes."""
-    found = dict.fromkeys(ROUTES, 1.0)
-    add = Race.add
-
-    def declared(self, name, seconds):
-        add(self, name, found[name] if isinstance(found[name], float) else next(found[name]))
-
-    monkeypatch.setattr(Race, "add", declared)
-    return found
-
-
-def kept():
-    """What is known of training steps."""
-    return {key: entry for key, entry in choices.kept().items() if key.startswith("step of ")}
+    return declare_times(monkeypatch)
 
 
 def make(backend="auto", method="upt", optimizer="sgd", dtype=None, **options):

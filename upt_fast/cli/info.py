@@ -31,7 +31,13 @@ def run(options: Namespace) -> int:
     if found["problem"]:
         print(f"error: {found['problem']}")
     for dtype, backend in found["auto"].items():
-        print(f"auto, ViT-B/16, {dtype}: {backend}")
+        print(
+            f"auto, ViT-B/16, {dtype}: {backend}{'' if found['routes'] else ' (not measured here: run upt-fast tune)'}"
+        )
+    for key, entry in sorted(found["routes"].items()):
+        ms, choice, usual = entry["ms"], entry["choice"], entry["usual"]
+        beside = "" if choice == usual or usual not in ms else f" ({usual}: {ms[usual]:.4g} ms)"
+        print(f"auto, measured, {key}: {choice}, {ms[choice]:.4g} ms{beside}")
     for tower, ops in (("", found["ops"]), (" of the text tower", found["text_ops"])):
         for op, choice in ops.items():
             print(f"op {op}{tower}: {choice['backend']}")
@@ -64,10 +70,13 @@ def _describe_xformers(problem: str, cards: dict[str, dict[str, dict[str, Any]]]
 
 def _describe_choices(measured: bool, machine: dict[str, str], kept: dict[str, dict[str, Any]]) -> str:
     """What was measured on this machine, and where another way than the usual one was taken."""
+    from upt_fast.engine.tuning.candidates import is_route
+
     if not measured:
         return "ways to compute: the usual ones (UPT_FAST_MEASURE=0)"
-    lines = [f"ways to compute: {len(kept)} measured on {machine['processor']}"]
-    for key, entry in sorted(kept.items()):
+    ways = {key: entry for key, entry in sorted(kept.items()) if not is_route(key)}
+    lines = [f"ways to compute: {len(ways)} measured on {machine.get('gpu') or machine['processor']}"]
+    for key, entry in ways.items():
         choice, usual, ms = entry["choice"], entry["usual"], entry["ms"]
         if choice != usual:
             lines.append(f"    {key}: {choice}, {ms[choice]} ms ({usual}: {ms[usual]} ms)")

@@ -31,6 +31,12 @@ def add_options(parser: ArgumentParser) -> None:
         default=None,
         help="after which nothing more is begun; none: 110 on a GPU, 900 on a CPU",
     )
+    parser.add_argument(
+        "--only",
+        type=str | None,
+        default=None,
+        help="backends to measure beside the usual one, instead of all, with semicolons: 'torch; inductor/torch'",
+    )
     parser.add_argument("--fresh", type=bool, default=False, help="measure again what is known")
     parser.add_argument("--json", action="store_true", help="print JSON: every candidate, and why others are none")
     parser.add_argument("--export", type=str | None, default=None, help="write what is known of this machine to a file")
@@ -55,7 +61,8 @@ def run(options: Namespace) -> int:
         print(line, file=sys.stderr, flush=True)
 
     asked = (options.clip, options.method, options.classes, options.batch_size, options.precision, options.memory)
-    found = tune.tune(*asked, options.mode, device, options.seconds, options.fresh, tell)
+    only = None if options.only is None else [name.strip() for name in options.only.split(";") if name.strip()]
+    found = tune.tune(*asked, options.mode, device, options.seconds, options.fresh, only, tell)
     if options.export:
         tell(f"{tune.export(kind, Path(options.export))} choices written to {options.export}")
     if options.json:

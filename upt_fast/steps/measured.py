@@ -17,7 +17,7 @@ from upt_fast.engine.backends.asked import AUTO
 from upt_fast.engine.graphs import GraphedStep
 from upt_fast.engine.towers import TextTower, VisionTower
 from upt_fast.engine.tuning import choices
-from upt_fast.engine.tuning.candidates import Route, size_class
+from upt_fast.engine.tuning.candidates import INFERENCE, STEP, Route, size_class
 from upt_fast.engine.tuning.measuring import Entry
 from upt_fast.steps.lanes import RunState
 from upt_fast.steps.micro_batches import MicroBatches
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("upt_fast")
 
-STEP, INFERENCE = "step", "inference"
 STEPS = 1000  # of a run that does not say how many it takes
 AGAIN = 4.0  # times the seconds that an incomplete measurement had: reason to measure once more
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from upt_fast.data.dataset import steps_of_epoch
 from upt_fast.engine.memory import Need, peak
+from upt_fast.engine.tuning.candidates import STEP
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.steps.measured import STEP
 from upt_fast.steps.planning import Step
 from upt_fast.tasks.grid import Task
 from upt_fast.tasks.job import Job, Member, of_one_backbone, portions, prepare, rest_of

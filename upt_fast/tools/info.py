@@ -23,6 +23,7 @@ def collect() -> dict[str, Any]:
     from upt_fast.engine.cpu import library
     from upt_fast.engine.towers import routes
     from upt_fast.engine.tuning import choices, machine
+    from upt_fast.engine.tuning.candidates import is_route
     from upt_fast.version import __version__
 
     dtypes = torch.float32, torch.bfloat16
@@ -42,6 +43,7 @@ def collect() -> dict[str, Any]:
         text_ops = {} if images == texts else _explain(texts, device)
     except ValueError as error:
         problem = str(error)
+    kept = choices.kept(device)
     return {
         "upt_fast": __version__,
         "python": platform.python_version(),
@@ -56,7 +58,8 @@ def collect() -> dict[str, Any]:
         "text_ops": text_ops,
         "xformers": {"problem": xformers_operators.problem(), "cards": _xformers_operators()},
         "cpu_ops": {str(d).removeprefix("torch."): library.refusal(d) for d in dtypes},
-        "choices": {"measured": choices.measures(), "machine": machine.machine(), "kept": choices.kept()},
+        "choices": {"measured": choices.measures(), "machine": machine.machine(device), "kept": kept},
+        "routes": {key: entry for key, entry in kept.items() if is_route(key)},
         "fp8": {name: fp8.refusal(torch.device(name)) for name in (line.split(": ")[0] for line in devices)},
     }
 

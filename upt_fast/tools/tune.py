@@ -21,15 +21,15 @@ from upt_fast.clip.loading import clip_with_random_weights, model_without_weight
 from upt_fast.common.checks import require_choice, require_int
 from upt_fast.data.benchmark import bench_classnames
 from upt_fast.engine import graphs
+from upt_fast.engine.backends import dispatch
 from upt_fast.engine.graphs import GraphedStep
 from upt_fast.engine.tuning import choices, table
-from upt_fast.engine.tuning.candidates import Route, declared
+from upt_fast.engine.tuning.candidates import INFERENCE, STEP, Route, declared
 from upt_fast.engine.tuning.judge import Judge
 from upt_fast.engine.tuning.machine import machine
 from upt_fast.methods import find_method
 from upt_fast.model import DTYPES, FastPromptedCLIP
 from upt_fast.reference import TWINS, ReferencePromptedCLIP
-from upt_fast.steps.measured import INFERENCE, STEP
 from upt_fast.steps.twins import CLASSES, PLAIN, result_names, results, small_images, towers_dtype
 from upt_fast.tools.isolated import Measurement, measure_isolated
 from upt_fast.tools.peak_memory import PeakMemory
@@ -53,6 +53,7 @@ def tune(
     device: str = "cpu",
     seconds: float | None = None,
     fresh: bool = False,
+    only: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure, keep what was found, and say it; what is known is not measured again.
@@ -68,6 +69,7 @@ def tune(
         device: "cpu" or "cuda".
         seconds: for all that is measured; None: those of SECONDS.
         fresh: measure what is known, too.
+        only: backends that are measured, beside the usual one; None: all.
         tell: hears in a line what is done.
     Returns:
         "machine", what was asked for, and by mode "key", "entry", and whether it was "known" before.
@@ -81,6 +83,8 @@ def tune(
     require_choice("mode", mode, tuple(MODES))
     if seconds is not None and not 0 < seconds < float("inf"):
         raise ValueError(f"seconds={seconds}; wanted a number above 0")
+    for backend in only or ():
+        dispatch.resolve(backend)
     kind = device.partition(":")[0]
     asked = {"clip": clip, "method": method, "classes": classes, "batch_size": batch_size}
     asked |= {"precision": precision, "memory": memory, "device": device}
@@ -96,7 +100,7 @@ def tune(
         known = entry is not None and "budget_s" not in entry  # what a run has measured had no time for all
         if not known:
             budget = (end - time.monotonic()) * (1.0 if place == len(modes) - 1 else 0.7)
-            arguments = {**asked, "mode": name, "budget": max(budget, 1.0)}
+            arguments = {**asked, "mode": name, "budget": max(budget, 1.0), "only": only}
             entry = measure_isolated("upt_fast.tools.tune:measurement", arguments, PATIENCE[kind], tell)
             choices.keep(key, entry | {"at": [classes, batch_size]}, kind)
         found["modes"][name] = {"key": key, "entry": entry, "known": known}
@@ -148,6 +152,7 @@ def measurement(
     device: str,
     mode: str,
     budget: float,
+    only: Sequence[str] | None,
     refused: Mapping[str, str],
 ) -> Measurement:
     """For :func:`upt_fast.tools.isolated.measure_isolated`; the arguments are those of :func:`tune`."""
@@ -162,7 +167,7 @@ def measurement(
     subject = _Subject(model, small, batch_size, mode)
     where = model.logit_scale.device
     usual = model.usual_route(mode)
-    found, left_out = declared(where.type, usual.backend, usual.graph)
+    found, left_out = declared(where.type, usual.backend, usual.graph, only=only)
     judge = _judge(*small, tokenizer, mode)
     candidates = {name: _Candidate(subject, route) for name, route in found.items()}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from upt_fast.distributed import ONE_PROCESS, Group
 from upt_fast.engine.tuning import choices
+from upt_fast.engine.tuning.candidates import INFERENCE, STEP
 from upt_fast.model import FastPromptedCLIP
-from upt_fast.steps.measured import INFERENCE, STEP
 from upt_fast.train.checkpoint import read_json, write_json
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.setup import CHOICES_FILE, trains_on_features

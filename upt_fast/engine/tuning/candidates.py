@@ -6,9 +6,12 @@ IMAGES/TEXTS    who computes the image tower and the text tower, where they diff
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 GRAPH = ", graph"
+STEP, INFERENCE = "step", "inference"  # what is measured
 
 
 class Declared(NamedTuple):
@@ -75,7 +78,7 @@ class Route(NamedTuple):
 
 
 def declared(
-    device: str, usual: str, graphs: bool, seconds: float = float("inf")
+    device: str, usual: str, graphs: bool, seconds: float = math.inf, only: Sequence[str] | None = None
 ) -> tuple[dict[str, Route], dict[str, str]]:
     """The candidates on a kind of device by name, and why others are not tried.
 
@@ -84,10 +87,11 @@ def declared(
         usual: the backend that is taken where nothing is measured; a candidate whether or not it is declared.
         graphs: whether steps can be captured.
         seconds: that a candidate may take until it runs.
+        only: other backends than those that are declared for the device.
     """
     found: dict[str, Route] = {}
     left_out: dict[str, str] = {}
-    known = BY_DEVICE.get(device, ())
+    known = BY_DEVICE.get(device, ()) if only is None else tuple(map(Declared, only))
     for backend, needed in (Declared(usual), *(d for d in known if d.backend != usual)):
         routes = [Route(backend, graph) for graph in ((False, True) if graphs else (False,))]
         for route in routes:
@@ -96,6 +100,11 @@ def declared(
             else:
                 found[route.name] = route
     return found, left_out
+
+
+def is_route(key: str) -> bool:
+    """Whether a choice under this key is of a route: steps/measured.py makes the keys."""
+    return key.startswith((f"{STEP} of ", f"{INFERENCE} of "))
 
 
 def size_class(number: int) -> str:

@@ -57,12 +57,11 @@ def load(file: Path, machine: Mapping[str, str]) -> Entries:
     """
     try:
         there, entries = _parse(file.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{file} cannot be read: {error.strerror}; wanted what upt-fast tune --export wrote"
+            f"{file} is no table of choices: {reason}; wanted what upt-fast tune --export wrote"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{file} is no table of choices: {error}; wanted what upt-fast tune --export wrote") from error
     here, there = _but_driver(machine), _but_driver(there)
     if differ := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
         said = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in differ)
