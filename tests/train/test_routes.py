@@ -7,11 +7,15 @@ import torch
 from measured_routes import ROUTES, declare_times, kept, unknown_machine
 from runs_on_disk import Killed, assert_same_run, contents, killed_after_epoch, write_dataset
 
+from upt_fast.distributed import Group
 from upt_fast.engine.tuning import choices
+from upt_fast.engine.tuning.candidates import STEP
 from upt_fast.tasks.grid import read_tasks
 from upt_fast.tasks.run import train_tasks
+from upt_fast.testing import build, random_clip
 from upt_fast.train import TrainConfig, train
 from upt_fast.train import trainer as trainers
+from upt_fast.train.routes import take_known_route, take_route
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +190,44 @@ def test_tasks_take_what_is_known_for_all_of_them(data, tmp_path, times, monkeyp
         assert member.error is None
         found = json.loads((tmp_path / "again" / member.task.name / "choices.json").read_text())["choices"]
         assert found[key] == "xformers"
+
+
+class Second(Group):
+    """Process 1 of 2, whose first process has found something."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.rank, self.size, self.found = 1, 2, found
+
+    def by_first(self, call):
+        return self.found
+
+
+@pytest.mark.parametrize("found", ["xformers", "torch"])
+def test_processes_follow_the_first(found, data, tmp_path, times):
+    """Whatever they know themselves; nothing is measured by several."""
+    torch.manual_seed(0)
+    model = build("fast", random_clip(), ["cat", "dog"]).train()
+    key = model.route_key(STEP, 4)
+    choices.keep(key, {"choice": "torch/xformers", "usual": "torch", "ms": {"torch/xformers": 1.0}, "refused": {}})
+    choices.forget()
+    take_known_route(model, key, False, False, False, Second(found))
+    assert choices.find(key) == found
+    assert model.settled
+    assert model.backend == ("auto" if found == "torch" else found)
+
+
+def test_several_processes_do_not_measure(data, tmp_path, times):
+    model = build("fast", random_clip(), ["cat", "dog"]).train()
+    asked = []
+
+    class First(Group):
+        size = 2
+
+        def by_first(self, call):
+            asked.append(call())
+            return asked[-1]
+
+    take_route(config(data, tmp_path / "run"), model, tmp_path / "run", First())
+    assert asked == ["torch"]
+    assert model.settled

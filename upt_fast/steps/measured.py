@@ -133,7 +133,7 @@ class MeasuredRoutes(nn.Module):
         self._take(route.backend)
 
     def _settle(self, images: Tensor | None, features: Tensor | None) -> None:
-        if not self.settled:
+        if not self.settled and not _is_traced():
             batch = images if features is None else features
             mode = STEP if self.training else INFERENCE
             self.settle(self.route_key(mode, 0 if batch is None else len(batch), features is not None))
