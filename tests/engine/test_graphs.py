@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from captured_steps import capture_on_cpu
 
 from upt_fast.common.closeness import relative_rms
 from upt_fast.engine import graphs
@@ -16,37 +17,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 NAMES = ["cat", "dog", "traffic light"]
 
 
-class Replayed:
-    """A graph that runs its function anew on the static tensors; like CUDA's, it does nothing when it is captured."""
-
-    def __init__(self, run):
-        self.run, self.replays = run, 0
-
-    def replay(self):
-        self.replays += 1
-        self.run()
-
-
 @pytest.fixture
 def captured(monkeypatch):
-    """Capture on the CPU, with the stand-in."""
-    made = []
-
-    def record(self, two_streams):
-        """Without outputs of the capture: the stand-in has none before its first replay."""
-        made.append(Replayed(lambda: _run(self)))
-        return made[-1], (torch.zeros(()), torch.zeros(())), [None for _ in self.model.parameters()]
-
-    monkeypatch.setattr(graphs, "refusal", lambda device: "")
-    monkeypatch.setattr(graphs.GraphedStep, "_record", record)
-    return made
-
-
-def _run(self):
-    self._outputs = self._forward_backward(*self._inputs)
-    self._gradients = [p.grad for p in self.model.parameters()]
-    if self.optimizer_captured:
-        self._update()
+    return capture_on_cpu(monkeypatch)
 
 
 def make(method="upt", fused=True, device="cpu", **options):

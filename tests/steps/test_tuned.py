@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from captured_steps import capture_on_cpu
 from measured_routes import ROUTES, declare_times, kept, unknown_machine
 
 from upt_fast.engine.backends import xformers
@@ -130,6 +131,48 @@ def test_from_an_optimizer_that_has_begun(times):
         its.load_state_dict(optimizer.state_dict())
         found.append(train(other, its, batches())[1])
     assert_same(*found)
+
+
+@pytest.mark.parametrize("winner", ["xformers, graph", "torch, graph", "torch/xformers"])
+def test_graphs_are_measured_too(winner, times, monkeypatch):
+    """A route that waits for its launches may win once it is captured; the winner's training, to the bit."""
+    graphs = capture_on_cpu(monkeypatch)
+    times.update({f"{name}, graph": 0.95 for name in ROUTES} | {"xformers": 1.04, "torch/xformers": 1.02})
+    times["xformers/torch"] = 30.0  # hopeless among those without a graph
+    times[winner] = 0.5
+
+    def fused(**options):
+        model, _ = make(**options)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+    step, got = train(*fused(), batches(STEPS + 6))
+    assert step.route.name == winner
+    (entry,) = kept().values()
+    assert (entry["usual"], entry["choice"]) == ("torch, graph", winner)
+    assert "xformers/torch, graph" not in entry["ms"]
+    if winner != "torch/xformers":
+        assert {"xformers, graph", "torch/xformers, graph"} <= set(entry["ms"])
+    assert step.reason == ("" if step.route.graph else "capture=False")
+    assert graphs
+    told, wanted = train(*fused(backend=step.route.backend), batches(STEPS + 6), capture=step.route.graph)
+    assert_same(got, wanted)
+
+
+def test_a_capture_that_fails_is_refused(times, monkeypatch):
+    capture_on_cpu(monkeypatch)
+    record = GraphedStep._record
+
+    def fails(self, two_streams):
+        if self.model.backend == "xformers":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record(self, two_streams)
+
+    monkeypatch.setattr(GraphedStep, "_record", fails)
+    times.update({f"{name}, graph": 0.8 for name in ROUTES} | {"xformers": 0.7, "xformers, graph": 0.1})
+    step, _ = train(*make(), batches(STEPS + 6))
+    assert step.route.name == "xformers"
+    (entry,) = kept().values()
+    assert entry["refused"]["xformers, graph"].startswith("the step cannot be captured: operation not permitted")
 
 
 def test_a_learning_rate_that_is_a_tensor(times):

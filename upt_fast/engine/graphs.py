@@ -95,6 +95,7 @@ class GraphedStep:
         reason: why steps run eagerly at present; empty while the graph is replayed.
         refused: why they do for good; empty: they do not.
         optimizer_captured: whether the optimizer's step is part of the graph.
+        stream: on which steps run; several steps of one optimizer share it.
         two_streams: whether the graph runs the text tower beside the image tower.
     """
 
@@ -119,7 +120,7 @@ class GraphedStep:
         self.optimizer_captured = _can_be_captured(optimizer, scaler)
         self.two_streams, self.from_features = False, from_features
         self.refused = refusal(model.logit_scale.device) if capture else "capture=False"
-        self._stream: torch.cuda.Stream | None = None
+        self.stream: torch.cuda.Stream | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -175,15 +176,15 @@ class GraphedStep:
         if device.type != "cuda":
             yield
             return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
         outer = torch.cuda.current_stream(device)
-        self._stream.wait_stream(outer)
+        self.stream.wait_stream(outer)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self.stream):
                 yield
         finally:  # the batch's memory is the outer stream's: it is used again behind this step's reads
-            outer.wait_stream(self._stream)
+            outer.wait_stream(self.stream)
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)

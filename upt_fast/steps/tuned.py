@@ -138,7 +138,7 @@ class TunedStep:
         self._seconds = seconds = time.perf_counter() - began
         budget = SHARE * self.steps * seconds
         found, left_out = declared(self._device.type, usual.backend, self.captures, budget)
-        self._race = race = Race([usual.name], usual.name, budget)
+        self._race = race = Race([usual.name], usual.name, budget, alike=lambda name: Route.of(name).graph)
         for name, reason in left_out.items():
             race.refuse(name, reason)
         for route in found.values():
@@ -197,6 +197,7 @@ class TunedStep:
                     race.refuse(route.name, verdict.reason)
                     return
             step = self._make(route.graph)
+            step.stream = self._step.stream
             lane = self._lanes[route.name] = Lane(route, self.model.way(), step, self._run.fork(self._origin))
             for batch in self._batches:
                 self._take(lane, batch)
@@ -217,6 +218,7 @@ class TunedStep:
         eager = [name for name in race.running if not self._lanes[name].route.graph]
         if not eager or min(len(race.seconds[name]) for name in eager) < GRAPHS_AFTER:
             return
+        race.alike = lambda name: None  # from now on graphs are there to be compared with
         for name in eager:
             route = self._lanes[name].route._replace(graph=True)
             if route.name not in race.seconds and race.left > 0:

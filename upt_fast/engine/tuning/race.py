@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 ROUNDS = 7  # of timing at most
 SURE = 2  # of them, before half drop out
@@ -29,6 +29,7 @@ class Race:
         budget: seconds after which it ends as it stands.
         rounds: of timing at most.
         clock: gives seconds.
+        alike: tells the group of a name; while there are several, one falls behind those of its own.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Race:
         budget: float = math.inf,
         rounds: int = ROUNDS,
         clock: Callable[[], float] = time.perf_counter,
+        alike: Callable[[str], Hashable] = lambda name: None,
     ) -> None:
         assert usual in names
         self.usual, self.budget, self.rounds, self.clock = usual, budget, rounds, clock
-        self.started = clock()
+        self.alike, self.started = alike, clock()
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.refused: dict[str, str] = {}
         self._running = list(names)
@@ -87,7 +89,13 @@ class Race:
 
     def end_round(self) -> None:
         """Drop those that fell behind."""
-        timed = sorted((name for name in self._running if self.seconds[name]), key=self.median)
+        for group in {self.alike(name) for name in self._running}:
+            self._drop(
+                sorted((n for n in self._running if self.seconds[n] and self.alike(n) == group), key=self.median)
+            )
+
+    def _drop(self, timed: Sequence[str]) -> None:
+        """Of those that are sorted by their times."""
         if not timed:
             return
         best, count = self.median(timed[0]), min(len(self.seconds[name]) for name in timed)
