@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from upt_fast import FastPromptedCLIP
-from upt_fast.engine.graphs import GraphedStep
+from upt_fast.engine.graphs import GraphedStep, _can_be_captured
 from upt_fast.train.config import TrainConfig
 from upt_fast.train.loop import train
 from upt_fast.train.optimizers import build_optimizer, restore_state, state_tensors
@@ -68,6 +68,43 @@ def test_a_restored_state_goes_on(tmp_path, name):
     untouched = build_optimizer(settings, Numbers(), fused=False)
     restore_state(Numbers(), untouched, {})
     assert not untouched.state
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")], ids=["plain", "scaled"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", STATES)
+def test_a_fused_one_is_part_of_a_captured_step(tmp_path, name, fused, scaler):
+    optimizer = build_optimizer(config(tmp_path, optimizer=name), Numbers(), fused)
+    assert _can_be_captured(optimizer, scaler) == fused
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_adamw_takes_plain_adamw_s_steps(tmp_path):
+    """Also after its state was restored, whose count of steps comes from the CPU."""
+    settings = config(tmp_path, optimizer="adamw", lr=0.05, weight_decay=0.1)
+    plain, ours = Numbers(), Numbers().cuda()
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.1)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # gradients are accumulated on the stream that saw their parameter first
+        mine = build_optimizer(settings, ours, fused=True)
+        plain.step(theirs, 1.0)
+        ours.step(mine, 1.0)
+        state = {key: value.cpu() for key, value in state_tensors(ours, mine).items()}
+        mine = build_optimizer(settings, ours, fused=True)
+        restore_state(ours, mine, state)
+        factor = torch.zeros((), device="cuda")
+        for group in mine.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device="cuda")
+        with torch.cuda.graph(graph, stream=stream):
+            ours.step(mine, factor)
+        for value in (-2.0, 0.5):
+            plain.step(theirs, value)
+            factor.fill_(value)
+            graph.replay()
+        for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
+            assert torch.allclose(a, b.cpu(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

@@ -24,7 +24,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module, fused: bool) -> torch
     """
     parameters, options = model.parameters(), {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
+        # it counts steps: a capture wants to be told that it may be held, though fused it counts on the GPU anyway
+        return torch.optim.AdamW(parameters, capturable=fused, **options)  # type: ignore[arg-type]
     return torch.optim.SGD(parameters, momentum=config.momentum, **options)  # type: ignore[arg-type]
 
 
