@@ -54,6 +54,10 @@ class Simulated:
         fault: "wrong", "wrong at full size", "memory", "raises", "raises later", "hangs", "dies", "breaks the device",
             or none.
         preparing: seconds until it runs.
+
+    Attributes:
+        runs: steps so far.
+        closed: whether it has given its memory back.
     """
 
     ms: float
@@ -62,12 +66,14 @@ class Simulated:
     seed: int = 0
     fault: str = ""
     preparing: float = 0.0
-    runs: int = 0
+    runs: int = field(default=0, init=False)
+    closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
 
     def prepare(self) -> None:
+        assert not self.closed
         self.clock.now += self.preparing
         if self.fault == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -91,6 +97,7 @@ class Simulated:
         return found
 
     def run(self) -> float:
+        assert not self.closed
         self.runs += 1
         if self.fault == "raises later" and self.runs > 1:
             raise RuntimeError("launch failure")
@@ -99,7 +106,12 @@ class Simulated:
         return seconds
 
     def peak_mib(self) -> float:
+        assert not self.closed
         return 100 + self.ms
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
 
 
 def judge() -> Judge:

@@ -58,6 +58,25 @@ def test_those_behind_drop_out():
     assert entry["rounds"] == {"torch": 1, "a": ROUNDS, "b": ROUNDS, "c": 2, "slow": 1}
 
 
+def test_those_out_of_the_race_give_their_memory_back():
+    """At once, the usual one's as well, to which the others were held before; once each, and none that still runs."""
+    clock = Clock()
+    found = {name: Simulated(ms, clock) for name, ms in {"torch": 200.0, "a": 60.0, "b": 61.0, "c": 75.0}.items()}
+    found["wrong"], found["known"] = Simulated(1, clock, fault="wrong"), Simulated(1, clock)
+    open_at = {}
+
+    def tell(event):
+        open_at[event.get("stage"), event["candidate"]] = {name for name, c in found.items() if not c.closed}
+
+    entry = measure(found, "torch", judge(), 1e9, tell, {"known": "hung"}, clock=clock)
+    assert open_at["prepare", "a"] == set(found)
+    assert open_at["round 1", "a"] == set(found) - {"wrong", "known"}
+    assert open_at["round 2", "a"] == {"a", "b", "c"}  # torch was hopeless
+    assert open_at["round 3", "a"] == {"a", "b"}
+    assert {name for name, c in found.items() if not c.closed} == {"a", "b"}
+    assert (entry["choice"], entry["ms"]["torch"]) == ("a", 200.0)
+
+
 def test_many_candidates_cost_little():
     times = {f"route {i}": 50.0 + 5 * i for i in range(30)}
     entry, _, seconds = race_of(times)

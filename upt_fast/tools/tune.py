@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def tune(
     asked |= {"precision": precision, "memory": memory, "device": device}
     seconds = SECONDS[kind] if seconds is None else seconds
     with torch.random.fork_rng(devices=[]):
-        shapes = _model(*model_without_weights(clip), method, classes, precision, memory)
+        shapes = _model(*model_without_weights(clip), method, bench_classnames(classes), precision, memory)
     found: dict[str, Any] = {"machine": machine(kind), **asked, "modes": {}}
     modes = [m for m in MODES[mode] if m == INFERENCE or any(True for _ in shapes.parameters())]
     end = time.monotonic() + seconds
@@ -132,11 +133,12 @@ def take_over(kind: str, file: Path) -> int:
     return len(entries)
 
 
-def _model(clip: nn.Module, tokenizer: Any, method: str, classes: int, precision: str, memory: str) -> FastPromptedCLIP:
-    config = find_method(method).config.from_options({})
-    names, dtype = bench_classnames(classes), DTYPES[precision]
+def _model(
+    clip: nn.Module, tokenizer: Any, method: str, classnames: Sequence[str], precision: str, memory: str
+) -> FastPromptedCLIP:
+    config, dtype = find_method(method).config.from_options({}), DTYPES[precision]
     options: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "dtype": dtype, "memory": memory}
-    return FastPromptedCLIP(clip, names, method=method, **options).train()
+    return FastPromptedCLIP(clip, classnames, method=method, **options).train()
 
 
 # the process that measures
@@ -158,16 +160,47 @@ def measurement(
     """For :func:`upt_fast.tools.isolated.measure_isolated`; the arguments are those of :func:`tune`."""
     torch.manual_seed(0)
     weights, tokenizer = clip_with_random_weights(clip)
-    weights = weights.to(device)
-    model = _model(weights, tokenizer, method, classes, precision, memory)
+    names = bench_classnames(classes)
+    return measurement_of(
+        weights.to(device), tokenizer, names, method, batch_size, precision, memory, mode, budget, only
+    )
+
+
+def measurement_of(
+    clip: nn.Module,
+    tokenizer: Any,
+    classnames: Sequence[str],
+    method: str,
+    batch_size: int,
+    precision: str,
+    memory: str,
+    mode: str,
+    budget: float,
+    only: Sequence[str] | None = None,
+) -> Measurement:
+    """The same of a CLIP that is at hand.
+
+    Args:
+        clip: where it is measured.
+        tokenizer: its own; None: CLIP's.
+        classnames: C names.
+        method: its name.
+        batch_size: B.
+        precision: one of PRECISIONS.
+        memory: level of a training step.
+        mode: STEP or INFERENCE.
+        budget: seconds in all.
+        only: backends to measure beside the usual one, in the place of those that are declared.
+    """
+    model = _model(clip, tokenizer, method, classnames, precision, memory)
     model.settled = True
     if mode == INFERENCE:
         model.eval()
-    small = _small(weights, tokenizer, method, precision)
-    subject = _Subject(model, small, batch_size, mode)
+    small = _small(clip, tokenizer, method, precision)
     where = model.logit_scale.device
     usual = model.usual_route(mode)
     found, left_out = declared(where.type, usual.backend, usual.graph, only=only)
+    subject = _Subject(model, small, batch_size, mode, found.values())
     judge = _judge(*small, tokenizer, mode)
     candidates = {name: _Candidate(subject, route) for name, route in found.items()}
 
@@ -184,7 +217,12 @@ class _Subject:
     """The model that candidates share, and a batch; and the small one that is held to the reference."""
 
     def __init__(
-        self, model: FastPromptedCLIP, small: tuple[FastPromptedCLIP, nn.Module], batch_size: int, mode: str
+        self,
+        model: FastPromptedCLIP,
+        small: tuple[FastPromptedCLIP, nn.Module],
+        batch_size: int,
+        mode: str,
+        routes: Iterable[Route],
     ) -> None:
         self.model, self.small, self.mode, self.batch_size = model, small[0], mode, batch_size
         device = model.logit_scale.device
@@ -192,11 +230,18 @@ class _Subject:
         self.images = torch.randn(shape, device=device).to(towers_dtype(model))
         self.labels = torch.arange(batch_size, device=device) % len(model.classnames)
         self.ways: dict[str, Any] = {}  # by backend
+        self.users = Counter(route.backend for route in routes)  # of each way
 
     def small_results(self, backend: str) -> list[Tensor]:
         self.small.reroute(backend)
         found = results(self.small, small_images(self.small))
         return found[:1] if self.mode == INFERENCE else found
+
+    def let_go(self, backend: str) -> None:
+        """One candidate less needs a way."""
+        self.users[backend] -= 1
+        if not self.users[backend]:
+            self.ways.pop(backend, None)
 
 
 class _Candidate:
@@ -249,6 +294,11 @@ class _Candidate:
     def peak_mib(self) -> float | None:
         return self._memory.mib
 
+    def close(self) -> None:
+        # a graph's memory is PyTorch's again, which gives it to others when it has no more
+        self._step = self._way = None
+        self.subject.let_go(self.route.backend)
+
     def _once(self) -> Tensor:
         subject = self.subject
         subject.model.take_way(self._way)
@@ -268,7 +318,7 @@ def _small(clip: nn.Module, tokenizer: Any, method: str, precision: str) -> tupl
         tower.transformer.resblocks = tower.transformer.resblocks[:LAYERS]
     for found in (cut, clip):
         try:
-            model = _model(found, tokenizer, method, CLASSES, precision, "fast")
+            model = _model(found, tokenizer, method, bench_classnames(CLASSES), precision, "fast")
         except ValueError:
             if found is clip:
                 raise

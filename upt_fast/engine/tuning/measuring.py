@@ -35,6 +35,9 @@ class Candidate(Protocol):
     def peak_mib(self) -> float | None:
         """Most memory of a step beside the weights, in MiB; None where it is not known."""
 
+    def close(self) -> None:
+        """Give back what it holds, its graph above all; it may not have been prepared, and does not run again."""
+
 
 class Judging(Protocol):
     """See judge.py."""
@@ -78,6 +81,13 @@ def measure(
     details: dict[str, dict[str, float]] = {}
     wanted: list[Tensor] = []
     order = [usual, *(name for name in candidates if name != usual)]
+    still_open = set(candidates)
+
+    def close_others() -> None:
+        """Let those that have left the race give their memory back to those that are in it."""
+        for name in [name for name in order if name in still_open and name not in race.running]:
+            still_open.remove(name)
+            candidates[name].close()
 
     def attempt(name: str, stage: str, call: Callable[[], Any]) -> Any:
         """The call's result; None where it failed, which refuses the candidate."""
@@ -121,12 +131,14 @@ def measure(
             peak = attempt(name, "memory", candidates[name].peak_mib)
             if peak is not None:
                 details[name]["peak_mib"] = peak
+        close_others()
     while race.running:
         for name in race.running:
             seconds = attempt(name, f"round {len(race.seconds[name]) + 1}", candidates[name].run)
             if seconds is not None:
                 race.add(name, seconds)
         race.end_round()
+        close_others()
         if race.over:
             break
     return describe_race(race, details)
