@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from upt_fast import FastUPT, ReferenceUPT
 from upt_fast.data.benchmark import bench_classnames
 from upt_fast.engine.backends import dispatch
+from upt_fast.engine.backends.asked import AskedOfTowers
 from upt_fast.testing import TruncatedUPT, random_clip
 
 _B16 = dict(embed_dim=512, image_size=224, patch_size=16, vision_layers=12, vision_width=768)
@@ -215,8 +216,8 @@ def compiled(function: Any, machine: Machine) -> Any:
 
 
 def require(backend: str, machine: Machine, dtype: torch.dtype) -> None:
-    """Raise Skipped with dispatch's reasons unless each of the backends runs here."""
-    for name in backend.split(","):
+    """Raise Skipped with dispatch's reasons unless each of the backends that a text names runs here."""
+    for name in dict.fromkeys(name for asked in AskedOfTowers.of(backend) for name in asked.everyone):
         reasons = dispatch.refusals(name, machine.device, dtype)
         if machine.dry and name == "triton" and dtype == torch.bfloat16:
             reasons.append("bfloat16 (Triton's interpreter cuts it off instead of rounding)")
