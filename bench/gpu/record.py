@@ -32,12 +32,14 @@ class Task:
         run: measures, and returns what the row is to hold; "status" in it, "failed" above all, replaces "ok".
         info: what the row says beside that.
         version: of what is measured, where the environment does not tell it; another one is measured again.
+        needs: seconds that have to be left of the part's time for it to begin.
     """
 
     key: str
     run: Callable[[], dict[str, Any]]
     info: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    needs: float = 0.0
 
 
 class PartFile:
@@ -99,7 +101,7 @@ def run_part(
         file: where they go.
         tasks: all of the part's, the most valuable first.
         environment: its id and its description.
-        minutes: no measurement is started later than this.
+        minutes: no measurement is started later than this, or later than what it needs before this.
         healthy: clears up after an error; False where only a new process can go on.
     Returns:
         False where a new process has to go on.
@@ -110,7 +112,7 @@ def run_part(
     file.left = [task.key for task in todo]
     file.write()
     for task in todo:
-        if time.monotonic() - start > 60 * minutes:
+        if time.monotonic() - start + task.needs > 60 * minutes:
             break
         earlier = file.rows.pop(task.key, {})
         same = earlier.get("environment") == name and earlier.get("version") == task.version
