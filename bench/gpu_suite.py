@@ -6,6 +6,7 @@ environment  versions; matrix products, memory and launches at best
 closeness    logits and gradients in fp32, tf32, bf16, fp16 against float64: at most 1.5 times the reference's own error
 tests        pytest of the kernels on the GPU
 steps        training steps: reference, truncated, truncated with torch.compile, fast with each backend
+tune         what upt-fast tune chooses, and whether it is the fastest when it is timed apart; OUT/choices.json
 ops          every op forward and backward: PyTorch, torch.compile, each backend
 profile      a step's kernels, its share of the GEMM peak, its gaps
 memory       the largest batch in 16, 24 and 80 GiB
@@ -55,10 +56,14 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def worker_environment(dry: bool) -> dict[str, str]:
-    """Triton reads how to run kernels when it is imported, so it is settled before the process starts."""
-    found = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "UPT_FAST_BACKEND")}
-    return found | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})
+def worker_environment(out: Path, dry: bool) -> dict[str, str]:
+    """What is read when modules are imported, so before the process starts; all that is kept goes into OUT/cache."""
+    ours = ("TRITON_INTERPRET", "UPT_FAST_BACKEND", "UPT_FAST_MEASURE")
+    found = {name: value for name, value in os.environ.items() if name not in ours}
+    found["UPT_FAST_CACHE"] = str(out.resolve() / "cache")
+    # tiny operations only wait for a second thread; compiling the CPU's operations takes a minute, and tells nothing
+    dry_ones = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "UPT_FAST_CPU_OPS": "0", "OMP_NUM_THREADS": "1"}
+    return found | (dry_ones if dry else {})
 
 
 def supervise(args: argparse.Namespace, parts: Sequence[str]) -> int:
@@ -69,7 +74,7 @@ def supervise(args: argparse.Namespace, parts: Sequence[str]) -> int:
         minutes = max(end - time.monotonic(), 0.0) / 60 / len(parts)
         command = [sys.executable, __file__, str(args.out), "--worker", *parts, "--minutes", str(minutes)]
         command += ["--seed", str(args.seed)] + ["--dry"] * args.dry + ["--died", died] * bool(died)
-        code, _ = processes.run(command, end + GRACE - time.monotonic(), worker_environment(args.dry))
+        code, _ = processes.run(command, end + GRACE - time.monotonic(), worker_environment(args.out, args.dry))
         if code in (0, 1, 2):
             return code
         died = "killed at the end of the part's time" if code is None else f"its process ended with {code}"

@@ -12,12 +12,13 @@ from pathlib import Path
 # part -> minutes of the whole, in order
 SHARES = {
     "environment": 1.0,
-    "closeness": 5.0,
+    "closeness": 4.0,
     "tests": 4.0,
-    "steps": 9.0,
-    "ops": 5.0,
-    "profile": 2.0,
-    "memory": 2.0,
+    "steps": 7.5,
+    "tune": 4.5,
+    "ops": 4.0,
+    "profile": 1.5,
+    "memory": 1.5,
     "sanitizer": 1.0,
 }
 PARTS = tuple(SHARES)

@@ -171,6 +171,26 @@ def _ratio(base: Row, row: Row, name: str) -> str | None:
     return f"{base[name] / row[name]:.2f}" if base.get(name) and row.get(name) else None
 
 
+def _tune(rows: Sequence[Row]) -> list[str]:
+    lines = ["Candidates in the tuner's own process; `ms apart`: the first ones again, on models of the suite's own."]
+    headings = ["candidate", "ms", "spread", "rounds", "peak MiB", "error (plain's)", "ms apart", "ready after s", ""]
+    for row in rows:
+        if "entry" not in row:
+            continue
+        entry, apart, cells = row["entry"], row.get("apart_ms", {}), []
+        for name in sorted(entry["ms"], key=entry["ms"].__getitem__):
+            details = entry["details"].get(name, {})
+            error = f"{details['error']:.1e} ({details['plain_error']:.1e})" if "error" in details else None
+            marks = [mark for mark, key in (("chosen", "choice"), ("usual", "usual")) if entry[key] == name]
+            numbers = entry["ms"][name], _percent(entry["spread"][name]), entry["rounds"][name]
+            memory, ready = details.get("peak_mib"), details.get("prepare_s")
+            cells.append([name, *numbers, memory, error, apart.get(name), ready, ", ".join(marks)])
+        blank = [None] * (len(headings) - 2)
+        cells += [[name, *blank, f"not: {reason}"] for name, reason in entry["refused"].items()]
+        lines += ["", f"### {_mark(row, row['key'])}", "", *table(headings, cells)]
+    return lines
+
+
 def _ops(rows: Sequence[Row]) -> list[str]:
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     cells = []
@@ -238,6 +258,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "closeness": _closeness,
     "tests": _tests,
     "steps": _steps,
+    "tune": _tune,
     "ops": _ops,
     "profile": _profile,
     "memory": _memory,

@@ -99,7 +99,12 @@ def markdown(files: Sequence[PartFile], environment: str) -> str:
     lines += [f"{STEP['model']}, {STEP['precision']}, batch {STEP['batch']}; the engine's best backend.", ""]
     lines += table(["target", "wanted", "found", ""], [_cells(target, results) for target in TARGETS])
     lines += ["", "Measured elsewhere: published code, many tasks in one job, evaluation of many runs.", ""]
-    for title, found in (("Wrong", list(wrong(results))), ("What to try next", list(advice(results)))):
+    tuned = list(chosen(results)) or ["not measured"]
+    for title, found in (
+        ("What the tuner chooses", tuned),
+        ("Wrong", list(wrong(results))),
+        ("What to try next", list(advice(results))),
+    ):
         more = [f"{len(found) - MOST} more: details.md"] if len(found) > MOST else []
         lines += [f"## {title}", "", *(f"- {line}" for line in [*found[:MOST], *more] or ["nothing"]), ""]
     left = [f"{part} {count} left to measure" for part, count in results.left.items()]
@@ -114,6 +119,20 @@ def _cells(target: Target, results: Results) -> list[str]:
     met = found <= target.wanted if target.at_most else found >= target.wanted
     return [target.what, wanted, f"{found:.3g}{target.unit}" if found < 1000 else f"{found:.0f}{target.unit}",
             "met" if met else "**not met**"]  # fmt: skip
+
+
+def chosen(results: Results) -> Iterator[str]:
+    """The tuner's choice for each size, and its margins, as it was timed apart."""
+    for row in results.of("tune"):
+        ms = row["apart_ms"]
+        own, usual = ms[row["choice"]], row["entry"]["usual"]
+        margins = [(ms[usual], usual)] if usual in ms and usual != row["choice"] else []
+        if row["mode"] == "step":
+            same = {name: row[name] for name in ("model", "precision", "classes", "batch")}
+            plain = results.of("steps", **same, provider="compiled")
+            margins += [(p["p50_ms"], "truncated with torch.compile") for p in plain]
+        said = [f"{other / own:.2f} times as fast as {name}" for other, name in margins]
+        yield ", ".join([f"{row['key']}: {row['choice']}: {own:.4g} ms", *said])
 
 
 def wrong(results: Results) -> Iterator[str]:

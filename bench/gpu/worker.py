@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from gpu import outside, report, summary
+from gpu import outside, report, summary, tune
 from gpu.machine import Machine
 from gpu.models import Clips
 from gpu.plan import PARTS
@@ -80,8 +80,9 @@ def stand_in(machine: Machine) -> contextlib.AbstractContextManager:
 
 
 def write_report(folder: Path, environment: str) -> None:
-    """OUT/report.md, one page, and OUT/details.md, of all parts measured so far."""
+    """OUT/report.md, one page, and OUT/details.md, of all parts measured so far; OUT/choices.json of the tuner's."""
     files = [PartFile(folder, part) for part in PARTS]
+    tune.write_choices(folder, PartFile(folder, "tune"), environment)
     write_text(folder / "report.md", summary.markdown(files, environment))
     write_text(folder / "details.md", report.markdown(files, environment))
 
