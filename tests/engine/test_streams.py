@@ -122,6 +122,13 @@ def test_triton_beside_xformers():
     assert calls
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_prompts_inserted_in_place_beside_a_norm_that_saves_the_stream(memory):
+    """PyTorch's LayerNorm keeps the stream for backward, and the kernel of the next layer writes into it."""
+    with xformers_on_cpu():
+        close(*pair(backend="triton,xformers,add_layer_norm=torch", memory=memory), images())
+
+
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
 @pytest.mark.parametrize(
     "clip_options",

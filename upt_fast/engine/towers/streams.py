@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from upt_fast.engine import ops
+from upt_fast.engine.backends import dispatch, pytorch
 from upt_fast.engine.backends.asked import TORCH, Asked
 from upt_fast.engine.towers import prompts
 from upt_fast.engine.towers.blocks import FrozenBlocks
@@ -159,14 +160,19 @@ class ReservedStreams(Streams):
         if inserted is None:
             x, h = self.norm(layer, x, y)
         else:
-            if blocks.memory == "lean":
-                x = x.clone()  # what comes in is needed once more, to compute the layer again
+            if blocks.memory == "lean" or self._is_saved(x):
+                x = x.clone()  # what comes in is needed once more, to compute the layer again or a LayerNorm's gradient
             x, h = ops.prompt_insert(x, y, inserted, set_index, layer.eps, self.asked)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.stream_attention(q, k, v, self.asked)
 
         return self.finish(blocks, i, layer, x, self.heads(layer, h), attend, pooled)
+
+    def _is_saved(self, x: Tensor) -> bool:
+        """Whether the stream that a kernel changes in place was saved for backward: by PyTorch's LayerNorm."""
+        norm, insert = (dispatch.find(op, self.asked, x) for op in ("add_layer_norm", "prompt_insert"))
+        return norm is pytorch and insert is not pytorch
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, packed: Packed) -> Tensor:
         prefix_k, prefix_v = prefix.unbind(2)
