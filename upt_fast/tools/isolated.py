@@ -18,12 +18,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from upt_fast.engine.tuning.measuring import BrokenDeviceError, Candidate, Entry, Judging, measure
+from upt_fast.engine.tuning.measuring import BrokenDeviceError, Candidate, Entry, Judging, Told, measure
 
 POLL = 0.05  # seconds between looks at the journal
 TAIL = 400  # characters of what a process wrote before it died
+
+
+class Work(Protocol):
+    """What another process does."""
+
+    def measure(self, tell: Told, refused: Mapping[str, str]) -> Entry:
+        """What was found.
+
+        Args:
+            tell: hears of each candidate before it is tried.
+            refused: candidates that are not to be tried, with the reasons.
+        """
 
 
 class Measurement(NamedTuple):
@@ -36,14 +48,19 @@ class Measurement(NamedTuple):
     refused: Mapping[str, str] = {}
     healthy: Callable[[], bool] = lambda: True
 
+    def measure(self, tell: Told, refused: Mapping[str, str]) -> Entry:
+        """See :class:`Work`."""
+        parts = self.candidates, self.usual, self.judge, self.budget
+        return measure(*parts, tell, {**self.refused, **refused}, self.healthy)
+
 
 def measure_isolated(
     factory: str, arguments: Mapping[str, Any], patience: float, tell: Callable[[str], None] = lambda line: None
 ) -> Entry:
-    """What measuring.measure finds in another process.
+    """What is measured in another process.
 
     Args:
-        factory: "module:function", which makes a :class:`Measurement` of the arguments.
+        factory: "module:function", which makes :class:`Work` of the arguments.
         arguments: of the factory, such as JSON takes; "refused" may name candidates that are not to be tried.
         patience: seconds without a word after which the candidate at work is taken to hang.
         tell: hears in a line what is done.
@@ -147,7 +164,7 @@ def main() -> int:
         module, _, name = request["factory"].partition(":")
         arguments = request["arguments"]
         try:
-            found: Measurement = getattr(importlib.import_module(module), name)(**arguments)
+            found: Work = getattr(importlib.import_module(module), name)(**arguments)
         except ValueError as error:
             tell({"error": str(error)})
             return 0
@@ -157,10 +174,8 @@ def main() -> int:
             working["candidate"] = event["candidate"]
             tell(event)
 
-        refused = {**found.refused, **arguments["refused"]}
-        parts = found.candidates, found.usual, found.judge, found.budget
         try:
-            tell({"entry": measure(*parts, tell_candidate, refused, found.healthy)})
+            tell({"entry": found.measure(tell_candidate, arguments["refused"])})
         except BrokenDeviceError as error:
             tell({**working, "broken": str(error)})
     return 0
