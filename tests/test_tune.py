@@ -16,13 +16,15 @@ from upt_fast.engine.backends import xformers
 from upt_fast.engine.tuning import choices, table
 from upt_fast.engine.tuning.machine import machine
 from upt_fast.engine.tuning.measuring import measure
-from upt_fast.tools import tune
+from upt_fast.tools import kernel_choices, tune
 
 ASKED = ["tune", "--clip", "tiny-digits", "--classes", "5", "--batch-size", "4", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
+    """No kernels are measured within routes, but where a test asks for it."""
+    monkeypatch.setattr(kernel_choices, "with_kernels", lambda kind: ())
     with unknown_machine(monkeypatch, tmp_path / "cache"):
         yield tmp_path / "cache"
 
@@ -34,6 +36,8 @@ def here(monkeypatch):
 
     def measure_here(factory, arguments, patience, tell):
         calls.append(arguments)
+        if factory == "upt_fast.tools.tune:kernels":
+            return tune.kernels(**arguments, refused={}).measure(lambda event: None, {})
         found = tune.measurement(**arguments, refused={})
         return measure(*found[:4], refused=found.refused)
 
@@ -87,6 +91,31 @@ def test_what_is_known_is_not_measured_again(capsys, here):
     choices.keep(key, first["modes"]["step"]["entry"] | {"budget_s": 1.0})
     tuned(capsys, "--mode", "train")
     assert len(here) == 5
+
+
+def test_a_route_without_its_slow_kernels_is_a_candidate(capsys, here, monkeypatch):
+    """In training attention of texts is slower by the kernel, in inference nothing is."""
+
+    def seconds_of(call, name, run):
+        slow = name == "xformers" and call.op == "buffer_attention" and "backward" in call.key
+        return 2e-3 if slow else 1e-3
+
+    monkeypatch.setattr(kernel_choices, "seconds_of", seconds_of)
+    monkeypatch.setattr(kernel_choices, "with_kernels", lambda kind: ("xformers", "torch/xformers"))
+    found = tuned(capsys)
+    step, inference = (found["modes"][mode]["entry"] for mode in ("step", "inference"))
+    more = {"xformers,buffer_attention=torch", "torch/xformers,buffer_attention=torch"}
+    assert set(step["ms"]) | set(step["refused"]) == {*ROUTES, *more}
+    assert step["refused"] == {}
+    assert set(inference["ms"]) == set(ROUTES)
+    assert {key.split()[1] for key in found["kernels"]} == {"buffer_attention", "stream_attention"}
+    assert {key for key, entry in found["kernels"].items() if entry["choice"] == "torch"} == {
+        key for key in found["kernels"] if "buffer_attention" in key and "backward" in key
+    }
+    assert all(arguments["seconds"] <= 0.2 * tune.SECONDS["cpu"] for arguments in here if "seconds" in arguments)
+    measured = len(here)
+    assert tuned(capsys)["kernels"] == found["kernels"]
+    assert len(here) == measured
 
 
 def test_a_method_without_parameters_has_no_training_step(capsys, here):

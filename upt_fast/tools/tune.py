@@ -28,17 +28,21 @@ from upt_fast.engine.tuning import choices, table
 from upt_fast.engine.tuning.candidates import INFERENCE, STEP, Route, declared
 from upt_fast.engine.tuning.judge import Judge
 from upt_fast.engine.tuning.machine import machine
+from upt_fast.engine.tuning.measuring import Entry
 from upt_fast.methods import find_method
 from upt_fast.model import DTYPES, FastPromptedCLIP
 from upt_fast.reference import TWINS, ReferencePromptedCLIP
 from upt_fast.steps.twins import CLASSES, PLAIN, result_names, results, small_images, towers_dtype
+from upt_fast.tools import kernel_choices
 from upt_fast.tools.isolated import Measurement, measure_isolated
+from upt_fast.tools.kernel_choices import Kernels
 from upt_fast.tools.peak_memory import PeakMemory
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MODES = {"train": (STEP,), "inference": (INFERENCE,), "both": (STEP, INFERENCE)}
 SECONDS = {"cuda": 110.0, "cpu": 900.0}  # of all that is measured for a size
 PATIENCE = {"cuda": 90.0, "cpu": 300.0}  # without a word: compilation is the longest
+KERNELS_SHARE = 0.2  # of these seconds, at most, for single operations
 WARMUP = 3  # steps before a capture
 LAYERS = 3  # of the model that is held to the reference
 
@@ -73,7 +77,8 @@ def tune(
         only: backends that are measured, beside the usual one; None: all.
         tell: hears in a line what is done.
     Returns:
-        "machine", what was asked for, and by mode "key", "entry", and whether it was "known" before.
+        "machine", what was asked for, by mode "key", "entry", and whether it was "known" before; and "kernels", what
+        is known of single operations.
     Raises:
         ValueError: a name or a number that is not taken; says what was wanted.
         RuntimeError: nothing could be measured; says why.
@@ -100,12 +105,30 @@ def tune(
         entry = None if fresh else choices.kept(kind).get(key)
         known = entry is not None and "budget_s" not in entry  # what a run has measured had no time for all
         if not known:
-            budget = (end - time.monotonic()) * (1.0 if place == len(modes) - 1 else 0.7)
-            arguments = {**asked, "mode": name, "budget": max(budget, 1.0), "only": only}
+            share = 1.0 if place == len(modes) - 1 else 0.7
+            for_kernels = KERNELS_SHARE * share * (end - time.monotonic())
+            beside = _routes_beside({**asked, "mode": name}, kind, for_kernels, fresh, tell) if only is None else {}
+            budget = (end - time.monotonic()) * share
+            arguments = {**asked, "mode": name, "budget": max(budget, 1.0), "only": only, "beside": beside}
             entry = measure_isolated("upt_fast.tools.tune:measurement", arguments, PATIENCE[kind], tell)
             choices.keep(key, entry | {"at": [classes, batch_size]}, kind)
         found["modes"][name] = {"key": key, "entry": entry, "known": known}
-    return found
+    return found | {"kernels": kernel_choices.known(kind)}
+
+
+def _routes_beside(
+    asked: Mapping[str, Any], kind: str, seconds: float, fresh: bool, tell: Callable[[str], None]
+) -> Entry:
+    """Routes whose slow kernels are left to PyTorch, by the declared ones that have the kernels."""
+    backends = kernel_choices.with_kernels(kind)
+    if not backends:
+        return {}
+    arguments = {**asked, "backends": backends, "seconds": seconds, "fresh": fresh}
+    try:
+        return measure_isolated("upt_fast.tools.tune:kernels", arguments, PATIENCE[kind], tell)
+    except RuntimeError as error:  # the routes themselves are measured all the same
+        tell(f"no single operation was measured: {error}")
+        return {}
 
 
 def export(kind: str, file: Path) -> int:
@@ -156,14 +179,14 @@ def measurement(
     budget: float,
     only: Sequence[str] | None,
     refused: Mapping[str, str],
+    beside: Mapping[str, str] | None = None,
 ) -> Measurement:
     """For :func:`upt_fast.tools.isolated.measure_isolated`; the arguments are those of :func:`tune`."""
     torch.manual_seed(0)
     weights, tokenizer = clip_with_random_weights(clip)
     names = bench_classnames(classes)
-    return measurement_of(
-        weights.to(device), tokenizer, names, method, batch_size, precision, memory, mode, budget, only
-    )
+    of = weights.to(device), tokenizer, names, method
+    return measurement_of(*of, batch_size, precision, memory, mode, budget, only, beside)
 
 
 def measurement_of(
@@ -177,6 +200,7 @@ def measurement_of(
     mode: str,
     budget: float,
     only: Sequence[str] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Measurement:
     """The same of a CLIP that is at hand.
 
@@ -191,6 +215,7 @@ def measurement_of(
         mode: STEP or INFERENCE.
         budget: seconds in all.
         only: backends to measure beside the usual one, in the place of those that are declared.
+        beside: further ones by those that they stand beside.
     """
     model = _model(clip, tokenizer, method, classnames, precision, memory)
     model.settled = True
@@ -199,7 +224,7 @@ def measurement_of(
     small = _small(clip, tokenizer, method, precision)
     where = model.logit_scale.device
     usual = model.usual_route(mode)
-    found, left_out = declared(where.type, usual.backend, usual.graph, only=only)
+    found, left_out = declared(where.type, usual.backend, usual.graph, only=only, beside=beside)
     subject = _Subject(model, small, batch_size, mode, found.values())
     judge = _judge(*small, tokenizer, mode)
     candidates = {name: _Candidate(subject, route) for name, route in found.items()}
@@ -211,6 +236,36 @@ def measurement_of(
         return False
 
     return Measurement(candidates, usual.name, judge, budget, left_out, healthy)
+
+
+def kernels(
+    clip: str,
+    method: str,
+    classes: int,
+    batch_size: int,
+    precision: str,
+    memory: str,
+    device: str,
+    mode: str,
+    backends: Sequence[str],
+    seconds: float,
+    fresh: bool,
+    refused: Mapping[str, str],
+) -> Kernels:
+    """The same for single operations of some routes; see :class:`upt_fast.tools.kernel_choices.Kernels`."""
+    torch.manual_seed(0)
+    weights, tokenizer = clip_with_random_weights(clip)
+    model = _model(weights.to(device), tokenizer, method, classes, precision, memory)
+    model.settled = True
+    subject = _Subject(model, (model, weights), batch_size, mode)
+
+    def step() -> object:
+        if mode == STEP:
+            return model.loss(subject.images, subject.labels)
+        with torch.no_grad():
+            return model.eval()(subject.images)
+
+    return Kernels(model, step, backends, seconds, fresh)
 
 
 class _Subject:

@@ -7,7 +7,7 @@ IMAGES/TEXTS    who computes the image tower and the text tower, where they diff
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 GRAPH = ", graph"
@@ -78,7 +78,12 @@ class Route(NamedTuple):
 
 
 def declared(
-    device: str, usual: str, graphs: bool, seconds: float = math.inf, only: Sequence[str] | None = None
+    device: str,
+    usual: str,
+    graphs: bool,
+    seconds: float = math.inf,
+    only: Sequence[str] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Route], dict[str, str]]:
     """The candidates on a kind of device by name, and why others are not tried.
 
@@ -88,11 +93,19 @@ def declared(
         graphs: whether steps can be captured.
         seconds: that a candidate may take until it runs.
         only: other backends than those that are declared for the device.
+        beside: backends that are tried behind these, by them.
     """
     found: dict[str, Route] = {}
     left_out: dict[str, str] = {}
     known = BY_DEVICE.get(device, ()) if only is None else tuple(map(Declared, only))
-    for backend, needed in (Declared(usual), *(d for d in known if d.backend != usual)):
+
+    def all_of() -> Iterator[Declared]:
+        for declared in (Declared(usual), *(d for d in known if d.backend != usual)):
+            yield declared
+            if beside and declared.backend in beside:
+                yield declared._replace(backend=beside[declared.backend])
+
+    for backend, needed in all_of():
         routes = [Route(backend, graph) for graph in ((False, True) if graphs else (False,))]
         for route in routes:
             if needed > seconds:
