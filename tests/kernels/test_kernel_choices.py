@@ -116,6 +116,20 @@ def test_what_a_step_calls_by_tower():
     assert dispatch.find("layer_norm", "triton", IMAGES) is triton  # and nobody listens any more
 
 
+@pytest.mark.parametrize("memory", ["balanced", "lean"])
+def test_what_is_computed_again_is_heard_once_with_its_gradients(memory):
+    model, plain = build(memory=memory), build()
+    counts = [
+        {
+            (place, tuple(call.arguments[0].shape), sum(t.requires_grad for t in call.tensors)): call.count
+            for place, found in calls_of(m, AskedOfTowers.of("triton"), lambda m=m: m.loss(IMAGES, LABELS)).items()
+            for call in found.values()
+        }
+        for m in (model, plain)
+    ]
+    assert counts[0] == counts[1]
+
+
 def test_what_is_slower_is_left_to_pytorch(folder, times):
     times |= {"linear_gelu": 1.5, "prefix_attention": 0.5, "add_layer_norm": 1 / 0.985, "packed_attention": 1 / 0.97}
     found, _ = measured("triton", "torch/triton")
@@ -228,6 +242,13 @@ def test_what_broke_another_process_is_not_tried(folder, times, monkeypatch):
     found, _ = measured("triton", fresh=True, refused={broken: "its process ended, by SIGSEGV"})
     assert found == {"triton": "triton,layer_norm=torch"}
     assert entry_of("op layer_norm")["refused"] == {"triton": "its process ended, by SIGSEGV"}
+
+
+def test_large_operations_come_first(folder, times):
+    _, keys = measured("triton/torch")
+    places = {op: [i for i, key in enumerate(keys) if key.startswith(f"op {op} ")] for op in dispatch.OPS}
+    assert max(places["linear_gelu"] + places["prompt_transform"]) < min(places["prefix_attention"])
+    assert places["contrastive_loss"] == [len(keys) - 1]
 
 
 def test_no_time_no_override(folder, times):

@@ -87,7 +87,8 @@ class Kernels(NamedTuple):
                 calls = calls_of(self.model, shown, self.step)
             except ValueError:  # a package that is not there
                 continue
-            for call in (call for of_op in calls.values() for call in of_op.values()):
+            # where there is not enough time, the large ones matter
+            for call in sorted((call for of_op in calls.values() for call in of_op.values()), key=_work, reverse=True):
                 kept = choices.kept(self._kind).get(call.key)
                 if call.key in done or (kept is not None and not self.fresh) or time.monotonic() >= end:
                     continue
@@ -113,6 +114,11 @@ class Kernels(NamedTuple):
             _require_health(call, error)
         else:
             choices.keep(call.key, entry, self._kind)
+
+
+def _work(call: Call) -> int:
+    """About what a step spends on an operation, to order them by: numbers that go in."""
+    return call.count * sum(t.numel() for t in call.tensors)
 
 
 def overridden(asked: AskedOfTowers, has: set[tuple[str, str]], slower: set[tuple[str, str]]) -> str:
