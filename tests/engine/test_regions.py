@@ -223,14 +223,15 @@ def test_inside_of_someone_elses_graph():
     assert relative_rms(got, fast(batch)) <= 1e-12
 
 
-def test_refusals(monkeypatch):
+def test_refusals():
     assert inductor.refusals("mps") == ["mps (runs on cpu, cuda)"]
     assert inductor.refusals("cpu", torch.int8)[0] == "int8 (takes float32, float16, bfloat16, float64)"
     with pytest.raises(ValueError, match="backend='inductor' cannot compute this text tower: inductor: fp8"):
         FastUPT(random_clip(vision_layers=2, text_layers=2), NAMES, backend="inductor", dtype="fp8")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    assert inductor.refusals("cpu") == ["no C++ compiler 'no-such-compiler' (CXX)"]
-    with pytest.raises(ValueError, match=r"backend='inductor' cannot run here: inductor: no C\+\+ compiler"):
-        FastUPT(CLIP, NAMES, backend="inductor")
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
-    assert inductor.refusals("cpu")[0].startswith("torch.compile is switched off")
+    # by monkeypatch such settings would be gone afterwards
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert inductor.refusals("cpu") == ["no C++ compiler 'no-such-compiler' (CXX)"]
+        with pytest.raises(ValueError, match=r"backend='inductor' cannot run here: inductor: no C\+\+ compiler"):
+            FastUPT(CLIP, NAMES, backend="inductor")
+    with torch._dynamo.config.patch(disable=True):
+        assert inductor.refusals("cpu")[0].startswith("torch.compile is switched off")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from upt_fast.engine.autograd import composing
 from upt_fast.engine.tuning.judge import Judge
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ def make_judge(model: FastPromptedCLIP) -> Judge:
         model.take_way(way)
     images = small_images(model).double()
 
-    judge = Judge(results(exact, images), plain, result_names(small), towers_dtype(model))
+    def again() -> list[Tensor]:
+        with composing.composable():  # operations one by one, so that each can be off
+            return results(exact, images)
+
+    judge = Judge(again(), plain, result_names(small), towers_dtype(model), again)
     judge.trust(usual)
     return judge
 

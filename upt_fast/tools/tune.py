@@ -255,9 +255,9 @@ def kernels(
     """The same for single operations of some routes; see :class:`upt_fast.tools.kernel_choices.Kernels`."""
     torch.manual_seed(0)
     weights, tokenizer = clip_with_random_weights(clip)
-    model = _model(weights.to(device), tokenizer, method, classes, precision, memory)
+    model = _model(weights.to(device), tokenizer, method, bench_classnames(classes), precision, memory)
     model.settled = True
-    subject = _Subject(model, (model, weights), batch_size, mode)
+    subject = _Subject(model, (model, weights), batch_size, mode, ())
 
     def step() -> object:
         if mode == STEP:

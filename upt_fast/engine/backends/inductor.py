@@ -69,4 +69,7 @@ def region(function: types.FunctionType, kind: Hashable) -> Callable[..., Any]:
     # name: each kind has its own, or kinds would use up one another's limit and turn fixed sizes into variables
     name = f"{function.__name__}_{next(_count)}"
     own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    # backward would take over forward's memory and refuse retain_graph, which second derivatives set; it asks when it
+    # is compiled and again when it runs, so that a setting for a while does not do
+    torch._functorch.config.donated_buffer = False
     return torch.compile(own, fullgraph=True)
