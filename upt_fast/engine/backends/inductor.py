@@ -14,7 +14,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from upt_fast.engine.autograd.composing import fast_backward
 from upt_fast.engine.backends import packages
 
 OPS = frozenset({"block"})  # upt_fast/engine/towers/regions.py
@@ -69,7 +71,49 @@ def region(function: types.FunctionType, kind: Hashable) -> Callable[..., Any]:
     # name: each kind has its own, or kinds would use up one another's limit and turn fixed sizes into variables
     name = f"{function.__name__}_{next(_count)}"
     own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    # backward would take over forward's memory and refuse retain_graph, which second derivatives set; it asks when it
-    # is compiled and again when it runs, so that a setting for a while does not do
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(own, fullgraph=True)
+    compiled = torch.compile(own, fullgraph=True)
+
+    def call(*args: Any) -> Any:
+        if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return compiled(*args)
+        return Region.apply(compiled, *args)
+
+    return call
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """The same numbers without their graph; sizes that are variables stay so."""
+    found = x.detach().requires_grad_(x.requires_grad)
+    for dim in getattr(x, "_dynamo_weak_dynamic_indices", ()):
+        torch._dynamo.maybe_mark_dynamic(found, dim)
+    return found
+
+
+class Region(torch.autograd.Function):
+    """A compiled function of tensors and constants, whose backward is idle where no gradient comes.
+
+    What torch.compile makes has no second derivative and refuses to be asked for one, also where it is gone round
+    (autograd/composing.py): then its gradients are none, not zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, compiled, *args):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        own = [_leaf(a) if isinstance(a, Tensor) else a for a in args]
+        with torch.enable_grad():
+            outputs = compiled(*own)
+        ctx.single = isinstance(outputs, Tensor)
+        ctx.outputs = (outputs,) if ctx.single else tuple(outputs)
+        ctx.wanted = [a for a in own if isinstance(a, Tensor) and a.requires_grad]
+        ctx.places = [isinstance(a, Tensor) and a.requires_grad for a in own]
+        found = tuple(t.detach() for t in ctx.outputs)
+        return found[0] if ctx.single else found
+
+    @staticmethod
+    @fast_backward
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        pairs = [(out, grad) for out, grad in zip(ctx.outputs, grads, strict=True) if grad is not None]
+        outputs, given = zip(*pairs, strict=True)
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        found = iter(torch.autograd.grad(outputs, ctx.wanted, given, retain_graph=keep, allow_unused=True))
+        return None, *(next(found) if wanted else None for wanted in ctx.places)
