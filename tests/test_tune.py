@@ -16,7 +16,7 @@ from upt_fast.engine.backends import xformers
 from upt_fast.engine.tuning import choices, table
 from upt_fast.engine.tuning.machine import machine
 from upt_fast.engine.tuning.measuring import measure
-from upt_fast.tools import kernel_choices, tune
+from upt_fast.tools import kernel_choices, tune, tune_process
 
 ASKED = ["tune", "--clip", "tiny-digits", "--classes", "5", "--batch-size", "4", "--device", "cpu"]
 
@@ -36,9 +36,9 @@ def here(monkeypatch):
 
     def measure_here(factory, arguments, patience, tell):
         calls.append(arguments)
-        if factory == "upt_fast.tools.tune:kernels":
-            return tune.kernels(**arguments, refused={}).measure(lambda event: None, {})
-        found = tune.measurement(**arguments, refused={})
+        if factory == "upt_fast.tools.tune_process:kernels":
+            return tune_process.kernels(**arguments, refused={}).measure(lambda event: None, {})
+        found = tune_process.measurement(**arguments, refused={})
         return measure(*found[:4], refused=found.refused)
 
     monkeypatch.setattr(tune, "measure_isolated", measure_here)

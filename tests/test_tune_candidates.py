@@ -10,7 +10,7 @@ from upt_fast.clip.loading import clip_with_random_weights
 from upt_fast.engine.tuning.candidates import Route
 from upt_fast.engine.tuning.measuring import measure
 from upt_fast.steps.measured import INFERENCE, STEP
-from upt_fast.tools import tune
+from upt_fast.tools import tune_process
 
 NAMES = ("zero", "one", "two")
 
@@ -18,14 +18,14 @@ NAMES = ("zero", "one", "two")
 def subject(*routes):
     torch.manual_seed(0)
     clip, tokenizer = clip_with_random_weights("tiny-digits")
-    model = tune._model(clip, tokenizer, "upt", NAMES, "fp32", "fast")
-    return tune._Subject(model, tune._small(clip, tokenizer, "upt", "fp32"), 2, STEP, routes)
+    model = tune_process.make_model(clip, tokenizer, "upt", NAMES, "fp32", "fast")
+    return tune_process._Subject(model, tune_process._small(clip, tokenizer, "upt", "fp32"), 2, STEP, routes)
 
 
 def test_a_closed_candidate_gives_its_step_back_and_the_last_one_the_way():
     routes = Route("torch"), Route("torch", graph=True), Route("torch/torch")
     shared = subject(*routes)
-    first, second, other = (tune._Candidate(shared, route._replace(graph=False)) for route in routes)
+    first, second, other = (tune_process._Candidate(shared, route._replace(graph=False)) for route in routes)
     for candidate in (first, second, other):
         candidate.prepare()
         candidate.run()
@@ -47,7 +47,7 @@ def test_a_closed_candidate_gives_its_step_back_and_the_last_one_the_way():
 def test_a_clip_at_hand_is_measured_on_the_backends_that_are_named(mode):
     torch.manual_seed(0)
     clip, tokenizer = clip_with_random_weights("tiny-digits")
-    found = tune.measurement_of(
+    found = tune_process.measurement_of(
         clip, tokenizer, NAMES, "upt", 2, "fp32", "fast", mode, 60.0, ["torch", "torch/torch", "triton=x"]
     )
     entry = measure(found.candidates, found.usual, found.judge, found.budget, refused=found.refused)

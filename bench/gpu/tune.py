@@ -23,7 +23,8 @@ from upt_fast.engine.tuning.measuring import Entry
 from upt_fast.methods import MAIN_METHOD
 from upt_fast.steps.measured import INFERENCE, STEP
 from upt_fast.tools.isolated import Measurement, measure_isolated
-from upt_fast.tools.tune import PATIENCE, measurement_of
+from upt_fast.tools.tune import PATIENCE
+from upt_fast.tools.tune_process import measurement_of
 
 BEHIND = 0.03  # of the fastest one's time: a choice that takes more is wrong
 SECONDS, NEEDS = 85.0, 115.0  # of the tuner; with its start, a last compilation, and the times apart

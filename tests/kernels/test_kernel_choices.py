@@ -15,7 +15,7 @@ from upt_fast.engine.tuning import candidates, choices, table
 from upt_fast.engine.tuning.candidates import Declared, declared
 from upt_fast.engine.tuning.machine import machine
 from upt_fast.testing import random_clip, xformers_on_cpu
-from upt_fast.tools import kernel_choices, tune
+from upt_fast.tools import kernel_choices, tune, tune_process
 from upt_fast.tools.kernel_choices import Kernels, overridden
 from upt_fast.tools.op_calls import calls_of
 
@@ -349,7 +349,7 @@ def test_a_route_with_overrides_is_a_candidate(monkeypatch):
     text = "torch/triton,linear_gelu=torch"
     monkeypatch.setitem(candidates.BY_DEVICE, "cpu", (Declared("torch"), Declared("torch/triton")))
     sizes = "tiny-digits", "upt", 2, 1, "fp32", "fast", "cpu", "step"
-    found = tune.measurement(
+    found = tune_process.measurement(
         *sizes, budget=60.0, refused={}, beside={"torch/triton": text, "triton": "not declared"}, only=None
     )
     assert set(found.candidates) == {found.usual, "torch", "torch/triton", text}
