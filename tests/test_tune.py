@@ -227,7 +227,7 @@ def test_killed_while_it_measures(which, folder):
     )
     assert found.stdout.strip()
     run = subprocess.Popen(
-        command(), env=environment(folder), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(), env=environment(folder), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears
     )
     assert run.stderr.readline().startswith("torch: prepare")
     (child,) = children(run.pid)
@@ -248,6 +248,11 @@ from upt_fast.engine.tuning import choices
 choices.keep("known", {"choice": "a", "usual": "a", "ms": {"a": 1.0}, "refused": {}})
 print("kept")
 """
+
+
+def hears():
+    """SIGINT, which children of a process that was started in the background would not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def children(pid):

@@ -265,7 +265,7 @@ def test_the_callers_stream_waits_for_a_step(monkeypatch, fails):
     """Also for one that raises: the caller lets go of the batch, whose memory is its own stream's."""
     recorded = Recorded(monkeypatch)
     step = object.__new__(graphs.GraphedStep)
-    step.model, step._stream = SimpleNamespace(logit_scale=SimpleNamespace(device=torch.device("cuda"))), None
+    step.model, step.stream = SimpleNamespace(logit_scale=SimpleNamespace(device=torch.device("cuda"))), None
     with contextlib.suppress(FloatingPointError), step._on_stream():
         assert recorded.current.name == "own"
         recorded.calls.append(("step",))

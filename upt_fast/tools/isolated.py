@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from upt_fast.engine.tuning.measuring import BrokenDeviceError, Candidate, Entry, Judging, Told, measure
 
 POLL = 0.05  # seconds between looks at the journal
+START = 600.0  # seconds without a word before the first candidate is at work: imports, models, what they are held to
 TAIL = 400  # characters of what a process wrote before it died
 
 
@@ -130,7 +131,7 @@ def _watch(
                 text = output.read_text(encoding="utf-8", errors="replace").strip()[-TAIL:].splitlines()
                 last = f": {text[-1]}" if text else ""
                 return _Outcome(candidate=candidate, reason=f"its process ended at {stage}, {_ended(process)}{last}")
-            if time.monotonic() - heard > patience:
+            if time.monotonic() - heard > (patience if candidate else max(START, patience)):
                 return _Outcome(candidate=candidate, reason=f"hung: nothing for {patience:g} s at {stage}")
             time.sleep(POLL)
 
